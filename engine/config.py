@@ -1,0 +1,31 @@
+"""Settings of the engine process: what to load, where, and how much memory it may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scheduler.config import SchedulerConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    model: str = field(
+        default="",
+        metadata={"help": "folder, .gguf file or hub name; empty = the embedded SmolLM2-135M-Instruct"},
+    )
+    revision: str = field(default="", metadata={"help": "hub revision; empty = main"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    dtype: str = field(
+        default="auto", metadata={"help": "auto (bfloat16 where the device has it), bfloat16, float16, float32"}
+    )
+    num_threads: int = field(default=0, metadata={"help": "CPU threads for arithmetic; 0 = every core"})
+    max_model_len: int = field(
+        default=0, metadata={"help": "tokens a sequence may have, prompt and output; 0 = the model's own"}
+    )
+    kv_cache_bytes: int = field(
+        default=0, metadata={"help": "memory for KV pages; 0 = a share of what is free"}
+    )
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -1,0 +1,89 @@
+"""What crosses the process edge, as msgspec values; nothing is ever unpickled.
+
+Server to engine: `Submit`, `Abort`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s; or one
+`Failed` when it cannot start. The same values serve the in-process engine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from scheduler.plan import SchedulerStats
+from scheduler.types import FinishReason, Request
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True, gc=False):
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """End one choice of a request, or with `index` None all of them. Unknown ones are ignored."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """Leave the loop; whatever still runs is dropped."""
+
+
+ToEngine = Submit | Abort | Stop
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural-log probabilities at one place, of the model itself (before temperature and penalties)."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 = the most likely token
+    top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """News of one sequence. `finish` is set exactly once per sequence, in its last output."""
+
+    request_id: str
+    index: int
+    tokens: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    stop_token: int | None = None  # the token that stopped it, which is the last of `tokens`
+    error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token, when asked for
+    # Of prompt tokens 1.., in order, possibly in several pieces (choice 0 only), when asked for.
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached: int = 0  # prompt tokens served from the prefix cache (with the first tokens)
+    first_scheduled_s: float | None = None  # monotonic clock (with the first tokens)
+
+
+class StepOutput(msgspec.Struct, tag=True, frozen=True, gc=False):
+    outputs: tuple[SequenceOutput, ...]
+    stats: SchedulerStats
+
+
+class Phase(NamedTuple):
+    name: str
+    seconds: float
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """The engine can compute. Sizes in tokens unless named otherwise."""
+
+    max_model_len: int
+    vocab_size: int  # width of the logits
+    page_size: int
+    num_pages: int
+    kv_bytes_per_token: int
+    dtype: str
+    device: str
+    phases: tuple[Phase, ...]  # where the start-up time went
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """The engine cannot start or go on; one line that names the thing and the way out."""
+
+    message: str
+
+
+FromEngine = Ready | StepOutput | Failed

@@ -1,0 +1,136 @@
+"""The words that every package shares: requests, sampling parameters, sequences, outcomes.
+
+Standard library only. Frozen dataclasses cross process edges; `Sequence` is the one mutable record
+and belongs to the scheduler alone.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended. Exactly one is reported per sequence, whatever happens."""
+
+    STOP = "stop"  # an end-of-sequence or stop token, or a stop string found by the server
+    LENGTH = "length"  # max_tokens or the context length
+    ABORT = "abort"  # the client left, or the server asked
+    DEADLINE = "deadline"  # the request's deadline passed
+    ERROR = "error"  # the engine could not compute this sequence; the others go on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. Validated by the server; token ids, never text.
+
+    The text is a pure function of these, the prompt and the model: `seed` is always set (the server
+    draws one when the client sends none), so that a replay after a crash gives the same tokens.
+    """
+
+    seed: int = 0  # 64 bits, unsigned
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()  # end-of-sequence ids included, unless ignore_eos removed them
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None  # this many alternatives beside the chosen token; 0 = the chosen alone
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One accepted request, as it crosses from the server to the engine.
+
+    `delivered` holds, per choice, output tokens already committed by an earlier engine process: a
+    restart is a request whose outputs have begun. Times are seconds on the system's monotonic clock.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    num_choices: int = 1
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+    priority: int = 0  # lower first, for the `priority` policy
+    tenant: str = ""
+    cache_salt: str = ""  # sequences share pages only under equal salts
+    method: str = "autoregressive"  # decoding method, by name
+    delivered: tuple[tuple[int, ...], ...] = ()
+
+
+class SequenceState(enum.Enum):
+    WAITING = "waiting"  # holds no pages (its old ones may still be found by content)
+    RUNNING = "running"  # holds pages; may be given a slice in any step
+    FINISHED = "finished"
+
+
+class Visibility(enum.IntEnum):
+    """What a token of a slice may see inside that slice. Everything computed before it is visible."""
+
+    CAUSAL = 0  # itself and the slice's earlier tokens
+    ALL = 1  # every token of the slice
+    ANCESTORS = 2  # the tokens named by its own 64-bit word
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Provisional tokens beyond the committed ones; a decoding method fills it, no one else reads it.
+
+    `depths[k]` is the distance of token k's position from the first uncommitted position: positions
+    are data. `ancestors[k]` is a word over the window's own tokens (bit j = token j is visible,
+    itself included), only with `Visibility.ANCESTORS`. A window is computed whole or not at all.
+    """
+
+    tokens: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+    visibility: Visibility = Visibility.CAUSAL
+    ancestors: tuple[int, ...] = ()
+
+
+EMPTY_WINDOW = Window()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One choice of a request: committed tokens, a window beyond them, and the pages it holds.
+
+    Work is `num_tokens - num_computed`; there is no prefill or decode phase.
+    """
+
+    seq_id: int
+    request: Request
+    index: int  # which choice
+    tokens: list[int]  # prompt, then committed output
+    num_computed: int = 0  # leading tokens whose KV is valid
+    pages: list[int] = field(default_factory=list)  # device page of each page_size tokens
+    page_keys: list[bytes] = field(default_factory=list)  # content keys of the leading full pages
+    window: Window = EMPTY_WINDOW
+    state: SequenceState = SequenceState.WAITING
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    first_scheduled_s: float | None = None
+    num_preemptions: int = 0
+    attained_s: float = 0.0  # service attributed to it so far
+    level: int = 0  # the policy's queue
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens it wants computed: committed ones and the window."""
+        return len(self.tokens) + len(self.window.tokens)
