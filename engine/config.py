@@ -17,9 +17,13 @@ class EngineConfig:
         metadata={"help": "folder, .gguf file or hub name; empty = the embedded SmolLM2-135M-Instruct"},
     )
     revision: str = field(default="", metadata={"help": "hub revision; empty = main"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda", "choices": DEVICES})
     dtype: str = field(
-        default="auto", metadata={"help": "auto (bfloat16 where the device has it), bfloat16, float16, float32"}
+        default="auto",
+        metadata={
+            "help": "auto (bfloat16 where the device has it), bfloat16, float16, float32",
+            "choices": DTYPES,
+        },
     )
     num_threads: int = field(default=0, metadata={"help": "CPU threads for arithmetic; 0 = every core"})
     max_model_len: int = field(

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
 
+LOG_FORMATS = ("plain", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
-    port: int = field(default=8000, metadata={"help": "port to listen on; 0 = any free one"})
+    port: int = field(default=8000, metadata={"help": "port to listen on; 0 = any free one", "max": 65535})
     served_model_name: str = field(
         default="", metadata={"help": "the model's id in the API; empty = derived from the checkpoint"}
     )
@@ -28,18 +31,22 @@ class ServerConfig:
     cors_allow_headers: tuple[str, ...] = field(
         default=("authorization", "content-type"), metadata={"help": "CORS headers"}
     )
-    max_body_bytes: int = field(default=16 * 2**20, metadata={"help": "larger bodies are answered 413"})
-    max_prompts: int = field(default=128, metadata={"help": "prompts in one completion request"})
-    max_choices: int = field(default=16, metadata={"help": "upper bound of n and best_of"})
+    max_body_bytes: int = field(
+        default=16 * 2**20, metadata={"help": "larger bodies are answered 413", "min": 1}
+    )
+    max_prompts: int = field(default=128, metadata={"help": "prompts in one completion request", "min": 1})
+    max_choices: int = field(default=16, metadata={"help": "upper bound of n and best_of", "min": 1})
     max_stop_strings: int = field(default=16, metadata={"help": "strings in `stop`"})
-    max_stop_chars: int = field(default=256, metadata={"help": "characters of one stop string"})
+    max_stop_chars: int = field(default=256, metadata={"help": "characters of one stop string", "min": 1})
     max_logprobs: int = field(default=20, metadata={"help": "alternatives per token in logprobs"})
     max_logit_bias: int = field(default=1024, metadata={"help": "entries in logit_bias"})
     max_bad_words: int = field(default=64, metadata={"help": "entries in bad_words"})
     max_template_output_chars: int = field(
-        default=4 * 2**20, metadata={"help": "characters a chat template may produce"}
+        default=4 * 2**20, metadata={"help": "characters a chat template may produce", "min": 1}
     )
-    template_timeout_s: float = field(default=1.0, metadata={"help": "time a chat template may take"})
+    template_timeout_s: float = field(
+        default=1.0, metadata={"help": "time a chat template may take", "min": 0.001}
+    )
     chat_template: str = field(default="", metadata={"help": "file that replaces the model's chat template"})
     request_timeout_s: float = field(
         default=600.0, metadata={"help": "deadline of a request; 0 = none. A request may ask for less"}
@@ -47,14 +54,20 @@ class ServerConfig:
     drain_timeout_s: float = field(
         default=30.0, metadata={"help": "time that running requests get after SIGTERM"}
     )
-    engine_start_timeout_s: float = field(default=600.0, metadata={"help": "time the engine may take to start"})
-    engine_stall_timeout_s: float = field(
-        default=120.0, metadata={"help": "no step for this long with work queued = not ready"}
+    engine_start_timeout_s: float = field(
+        default=600.0, metadata={"help": "time the engine may take to start", "min": 0.001}
     )
-    max_engine_restarts: int = field(default=3, metadata={"help": "engine deaths survived within ten minutes"})
+    engine_stall_timeout_s: float = field(
+        default=120.0, metadata={"help": "no step for this long with work queued = not ready", "min": 0.001}
+    )
+    max_engine_restarts: int = field(
+        default=3, metadata={"help": "engine deaths survived within ten minutes"}
+    )
     sse_keep_alive_s: float = field(default=15.0, metadata={"help": "comment on a silent stream; 0 = off"})
-    log_format: str = field(default="plain", metadata={"help": "plain or json"})
-    log_level: str = field(default="info", metadata={"help": "debug, info, warning or error"})
+    log_format: str = field(default="plain", metadata={"help": "plain or json", "choices": LOG_FORMATS})
+    log_level: str = field(
+        default="info", metadata={"help": "debug, info, warning or error", "choices": LOG_LEVELS}
+    )
     log_prompts: bool = field(default=False, metadata={"help": "write prompts and outputs to the log"})
 
 
