@@ -1,0 +1,209 @@
+"""Configuration: which source wins, what is refused and how it says so, and that printing loads back."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.config import Config
+from server.settings import (
+    HIDDEN,
+    SECTIONS,
+    SETTINGS,
+    Resolved,
+    SettingsError,
+    load,
+    render,
+    resolve,
+    value_of,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "octavo.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_nothing_set_gives_the_defaults() -> None:
+    assert load({}, {}) == Config()
+
+
+def test_every_field_is_a_setting_and_names_are_unique() -> None:
+    names = [entry.name for of in SECTIONS.values() for entry in fields(of) if entry.name != "scheduler"]
+    assert sorted(names) == sorted(SETTINGS)
+    assert all(setting.help for setting in SETTINGS.values())
+
+
+def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    path = toml(tmp_path, "[server]\nport = 1\nhost = '::1'\nmax_choices = 3\n")
+    resolved = resolve({"port": "3"}, {"OCTAVO_PORT": "2", "OCTAVO_HOST": "0.0.0.0"}, path)
+    server = resolved.config.server
+    assert (server.port, server.host, server.max_choices, server.max_prompts) == (3, "0.0.0.0", 3, 128)
+    assert resolved.origins == {
+        "port": "flag --port",
+        "host": "environment OCTAVO_HOST",
+        "max_choices": str(path),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("kv_cache_bytes", "2g", 2 * 2**30),
+        ("kv_cache_bytes", "1.5G", 3 * 2**29),
+        ("max_body_bytes", "16MiB", 16 * 2**20),
+        ("max_body_bytes", "512kb", 512 * 2**10),
+        ("max_model_len", "32k", 32768),
+        ("max_num_batched_tokens", "2_048", 2048),
+        ("request_timeout_s", "1e2", 100.0),
+        ("request_timeout_s", "0.5", 0.5),
+        ("prefix_cache", "off", False),
+        ("log_prompts", "YES", True),
+        ("api_keys", "a, b,,c", ("a", "b", "c")),
+        ("dtype", "float32", "float32"),
+    ],
+)
+def test_text_is_parsed_by_the_type_of_the_field(name: str, text: str, value: object) -> None:
+    config = load({}, {f"OCTAVO_{name.upper()}": text})
+    parsed = value_of(config, SETTINGS[name])
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("port", "65536", "port must be at least 0 and at most 65535, not '65536' (flag --port)"),
+        ("port", "-1", "port must be at least 0"),
+        ("port", "http", "port must be a whole number"),
+        ("port", "80.5", "port must be a whole number"),
+        ("port", "", "port must be a whole number"),
+        ("port", True, "port must be a whole number"),
+        ("max_num_seqs", "0", "max_num_seqs must be at least 1"),
+        ("mlfq_quantum_s", "nan", "mlfq_quantum_s must be at least 0.001"),
+        ("request_timeout_s", "inf", "request_timeout_s must be at least 0"),
+        ("max_num_seqs", "1e400", "max_num_seqs must be a whole number"),
+        ("dtype", "int8", "dtype must be one of auto, bfloat16, float16, float32"),
+        ("device", "tpu", "device must be one of auto, cpu, cuda"),
+        ("policy", "lifo", "policy must be one of mlfq, fcfs"),
+        ("log_format", "xml", "log_format must be one of plain, json"),
+        ("prefix_cache", "maybe", "prefix_cache must be true or false"),
+        ("host", 3, "host must be a string"),
+        ("api_keys", [1], "api_keys must be a list of strings"),
+    ],
+)
+def test_a_bad_value_names_its_setting(name: str, raw: object, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({name: raw}, {})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[servr]\n", "no table [servr]; did you mean server?"),
+        ("[server]\nprot = 1\n", "[server] has no setting prot; did you mean port?"),
+        ("[server]\nmax_num_seqs = 1\n", "max_num_seqs belongs to [scheduler], not [server]"),
+        ("server = 1\n", "server must be a table"),
+        ("[server\n", "is not TOML"),
+        ("[server]\nport = '80x'\n", "port must be a whole number"),
+        ("[server]\nport = 8.0\n", "port must be a whole number"),
+        ("[server]\napi_keys = 'a'\nport = [1]\n", "port must be a whole number"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load({}, {}, toml(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"cannot read .*absent\.toml"):
+        load({}, {}, tmp_path / "absent.toml")
+
+
+def test_unknown_variables_only_warn_and_empty_ones_are_unset() -> None:
+    environ = {
+        "OCTAVO_PROT": "1",
+        "OCTAVO_VECTORS": "x",
+        "OCTAVO_CONFIG": "y",
+        "OCTAVO_PORT": "",
+        "HOME": "/",
+    }
+    resolved = resolve({}, environ)
+    assert resolved.config == Config()
+    assert resolved.warnings == ("environment variable OCTAVO_PROT is no setting; did you mean OCTAVO_PORT?",)
+
+
+def test_secrets_are_never_repeated() -> None:
+    resolved = resolve({"api_keys": "hunter2"}, {})
+    assert "hunter2" not in render(resolved)
+    assert "hunter2" in render(resolved, show_secrets=True)
+    with pytest.raises(SettingsError) as caught:
+        load({"api_keys": ["hunter2", 3]}, {})
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_masked_configuration_does_not_load_as_one_without_keys(tmp_path: Path) -> None:
+    printed = render(resolve({"api_keys": "hunter2"}, {}))
+    assert HIDDEN in printed
+    with pytest.raises(SettingsError, match="api_keys must be filled in"):
+        load({}, {}, toml(tmp_path, printed))
+
+
+def test_printing_names_the_origin_of_what_is_not_default() -> None:
+    lines = render(resolve({"port": "9000"}, {"OCTAVO_MAX_CHOICES": "16"})).splitlines()
+    assert "port = 9000  # flag --port" in lines
+    assert "max_choices = 16" in lines  # set, but to its default
+
+
+def values_of(name: str) -> st.SearchStrategy[Any]:
+    setting = SETTINGS[name]
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda s: s != HIDDEN)
+    if setting.choices:
+        return st.sampled_from(setting.choices)
+    if setting.kind is tuple:
+        return st.lists(text, max_size=3).map(tuple)
+    top = None if setting.maximum == float("inf") else int(setting.maximum)
+    return {
+        bool: st.booleans(),
+        int: st.integers(int(setting.minimum), top or 2**50),
+        float: st.floats(setting.minimum, 1e9),
+        str: text.map(str.strip),
+    }[setting.kind]
+
+
+@given(st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS}))
+def test_any_configuration_prints_as_toml_that_loads_back(
+    tmp_path_factory: pytest.TempPathFactory, flags: dict[str, object]
+) -> None:
+    resolved = resolve(flags, {})
+    path = tmp_path_factory.mktemp("printed") / "octavo.toml"
+    path.write_text(render(resolved, show_secrets=True), encoding="utf-8")
+    assert load({}, {}, path) == resolved.config
+
+
+def test_the_configuration_is_frozen() -> None:
+    config = Config()
+    assert is_dataclass(config)
+    with pytest.raises(AttributeError):
+        config.server.port = 1  # type: ignore[misc]
+
+
+def test_a_resolution_without_sources_prints_every_setting() -> None:
+    printed = render(Resolved(Config(), {}))
+    assert all(f"\n{name} = " in printed for name in SETTINGS)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_the_shipped_files_load(path: Path) -> None:
+    assert load({}, {}, path) != Config()
