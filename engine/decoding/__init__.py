@@ -1,0 +1,8 @@
+"""Decoding methods by name: the registry is the only place that lists them."""
+
+from engine.decoding.autoregressive import Autoregressive
+from engine.decoding.method import DecodingMethod, Decision, Draws, MethodFactory
+
+METHODS: dict[str, MethodFactory] = {"autoregressive": Autoregressive}
+
+__all__ = ["METHODS", "Autoregressive", "Decision", "DecodingMethod", "Draws", "MethodFactory"]

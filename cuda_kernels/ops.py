@@ -1,0 +1,51 @@
+"""The table of fused operations. `reference` defines each one; faster twins are picked here, once.
+
+The engine calls operations only through the table, so a kernel for a device is one more entry and no
+change anywhere else. All operations work on rows (tokens) and know no request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from cuda_kernels import reference
+from cuda_kernels.slices import SliceTable
+
+
+class AttentionPlan(Protocol):
+    """What an implementation prepares once per step and uses in every layer."""
+
+    def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """query [T, Hq, D]; keys, values [num_pages, Hkv, page_size, D] -> float32 [T, Hq, D]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """One implementation of each operation, for one device. Arguments and results: see `reference`."""
+
+    row_multiple: int  # rows of a step are padded to this, so that a row's result never depends on others
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    write_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    plan_attention: Callable[[SliceTable, int, int, torch.device], AttentionPlan]
+    gated_silu: Callable[[torch.Tensor], torch.Tensor]
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def pick(device: torch.device) -> Operations:
+    """The operations for a device. Only the reference exists today, on every device."""
+    del device
+    return Operations(
+        row_multiple=reference.ROW_MULTIPLE,
+        rms_norm=reference.rms_norm,
+        rotary=reference.rotary,
+        write_kv=reference.write_kv,
+        plan_attention=reference.ReferenceAttention,
+        gated_silu=reference.gated_silu,
+        linear=reference.linear,
+    )

@@ -1,0 +1,131 @@
+"""A plan's slices as arrays: page tables live here, everything else is rebuilt each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cuda_kernels.ops import Operations
+from cuda_kernels.slices import SliceTable
+from engine.models.config import TransformerConfig
+from engine.models.transformer import Rows
+from scheduler.plan import Slice, StepPlan
+from scheduler.types import Visibility
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`first_logits[i]` is where the logits of slice i begin; it has `slices[i].num_logits` of them."""
+
+    rows: Rows
+    first_logits: tuple[int, ...]
+
+
+class BatchBuilder:
+    """Keeps the page table of every sequence that holds pages; nothing about tokens."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        ops: Operations,
+        page_size: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.ops = ops
+        self.page_size = page_size
+        self.max_pages = -(-max_model_len // page_size)
+        self.device = device
+        self.tables: dict[int, NDArray[np.int64]] = {}
+
+    def release(self, seq_id: int) -> None:
+        """The sequence holds no pages any more. Unknown ones are ignored."""
+        self.tables.pop(seq_id, None)
+
+    def pages_of(self, seq_id: int, num_slots: int) -> list[int]:
+        used = -(-num_slots // self.page_size)
+        return [int(page) for page in self.tables[seq_id][:used]]
+
+    def build(self, plan: StepPlan) -> Batch:
+        slices = plan.slices
+        for piece in slices:
+            self._extend_table(piece)
+        counts = np.array([len(piece.tokens) for piece in slices], dtype=np.int64)
+        starts = np.array([piece.start for piece in slices], dtype=np.int64)
+        first_rows = np.cumsum(counts) - counts
+        owner = np.repeat(np.arange(len(slices)), counts)
+        slots = np.arange(len(owner)) + (starts - first_rows)[owner]
+        lengths = starts + counts
+        pages = self._stack_tables(slices, int(lengths.max()))
+        ends, words = _visibility(slices, slots, first_rows)
+        table = SliceTable(first_rows, counts, lengths, pages, ends, words, self.page_size)
+        rows = Rows(
+            tokens=self._padded(list(chain.from_iterable(piece.tokens for piece in slices))),
+            positions=self._padded(list(chain.from_iterable(piece.positions for piece in slices))),
+            num_rows=len(owner),
+            kv_rows=self._kv_rows(pages[owner, slots // self.page_size], slots % self.page_size),
+            attention=self.ops.plan_attention(
+                table, self.config.num_heads, self.config.num_kv_heads, self.device
+            ),
+            wanted=self._tensor(_wanted_rows(slices, first_rows)),
+        )
+        wanted_counts = [piece.num_logits for piece in slices]
+        first_logits = tuple(int(first) for first in np.cumsum(wanted_counts) - wanted_counts)
+        return Batch(rows, first_logits)
+
+    def _extend_table(self, piece: Slice) -> None:
+        table = self.tables.get(piece.seq_id)
+        if table is None:
+            table = self.tables[piece.seq_id] = np.zeros(self.max_pages, dtype=np.int64)
+        if piece.new_pages:
+            first = piece.first_new_page
+            table[first : first + len(piece.new_pages)] = piece.new_pages
+
+    def _stack_tables(self, slices: tuple[Slice, ...], longest: int) -> NDArray[np.int64]:
+        used = -(-longest // self.page_size)
+        return np.stack([self.tables[piece.seq_id][:used] for piece in slices])
+
+    def _kv_rows(self, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> torch.Tensor:
+        """Flat rows in [num_pages, Hkv, page_size]: one per token and head."""
+        heads = np.arange(self.config.num_kv_heads)
+        flat = (pages[:, None] * self.config.num_kv_heads + heads) * self.page_size + offsets[:, None]
+        return self._tensor(flat.reshape(-1))
+
+    def _padded(self, values: list[int]) -> torch.Tensor:
+        values.extend([0] * (-len(values) % self.ops.row_multiple))
+        return self._tensor(np.array(values, dtype=np.int64))
+
+    def _tensor(self, array: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _wanted_rows(slices: tuple[Slice, ...], first_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    wanted: list[int] = []
+    for piece, first in zip(slices, first_rows.tolist(), strict=True):
+        end = first + len(piece.tokens)
+        wanted.extend(range(end - piece.num_logits, end))
+    return np.array(wanted, dtype=np.int64)
+
+
+def _visibility(
+    slices: tuple[Slice, ...], slots: NDArray[np.int64], first_rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The rule of `SliceTable`: causal everywhere, except in windows that say otherwise."""
+    ends = slots + 1
+    words = np.zeros(len(slots), dtype=np.uint64)
+    for piece, first in zip(slices, first_rows.tolist(), strict=True):
+        if piece.visibility is Visibility.CAUSAL or not piece.num_window:
+            continue
+        stop = first + len(piece.tokens)
+        begin = stop - piece.num_window
+        if piece.visibility is Visibility.ALL:
+            ends[begin:stop] = piece.start + len(piece.tokens)
+        else:
+            ends[begin:stop] = piece.start + len(piece.tokens) - piece.num_window
+            words[begin:stop] = piece.ancestors
+    return ends, words

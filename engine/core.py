@@ -1,0 +1,123 @@
+"""The step, on one screen: expire, plan, execute, apply, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from engine.decoding import METHODS
+from engine.messages import Abort, SequenceOutput, StepOutput, Submit
+from engine.runner import Outcome, Runner
+from scheduler.plan import Advance, Progress, StepPlan
+from scheduler.scheduler import RequestRefused, Scheduler
+from scheduler.types import FinishReason, Request
+
+logger = logging.getLogger("octavo.engine")
+
+MAX_FAILED_STEPS = 3  # in a row, before the engine gives up and is started again
+
+
+class EngineCore:
+    """A scheduler and a runner. Not thread-safe: one loop owns it."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, vocab_size: int) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.vocab_size = vocab_size
+        self._early: list[SequenceOutput] = []  # what happened between steps
+        self._failed_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work or bool(self._early)
+
+    def handle(self, message: Submit | Abort) -> None:
+        """Take a request or an abort; what follows at once is part of the next report."""
+        if isinstance(message, Abort):
+            self._collect(self.scheduler.abort(message.request_id, message.index))
+            return
+        request = message.request
+        try:
+            self._check(request)
+            self.scheduler.add(request)
+        except RequestRefused as refusal:
+            logger.warning("refused request=%s: %s", request.request_id, refusal)
+            self._early.extend(
+                SequenceOutput(request.request_id, index, finish=FinishReason.ERROR, error=str(refusal))
+                for index in range(request.num_choices)
+            )
+
+    def step(self) -> StepOutput:
+        """Compute one step, if there is anything to compute, and report all news since the last call."""
+        self._collect(self.scheduler.expire())
+        plan = self.scheduler.plan()
+        if plan.slices or plan.preempted:
+            for seq_id in plan.preempted:
+                logger.debug("preempted sequence=%d step=%d", seq_id, plan.step)
+            outcomes = self._execute(plan)
+            progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
+            self._collect(progress, outcomes)
+        outputs, self._early = tuple(self._early), []
+        return StepOutput(outputs, self.scheduler.stats())
+
+    def _execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
+        """A step that raises ends its own sequences with an error; everyone else goes on."""
+        try:
+            outcomes = self.runner.execute(plan)
+            self._failed_steps = 0
+        except Exception as failure:
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            logger.exception("step %d failed", plan.step)
+            cause = f"the engine could not compute this step: {type(failure).__name__}"
+            return tuple(Outcome(Advance(piece.seq_id, (), 0, error=cause)) for piece in plan.slices)
+        return outcomes
+
+    def _collect(self, progress: Iterable[Progress], outcomes: Iterable[Outcome] = ()) -> None:
+        by_sequence = {outcome.advance.seq_id: outcome for outcome in outcomes}
+        for news in progress:
+            self._early.append(_output(news, by_sequence.pop(news.seq_id, None)))
+            if news.finish is not None:
+                self.runner.release(news.seq_id)
+        for outcome in by_sequence.values():
+            if outcome.prompt_logprobs:  # a chunk in the middle of a prompt has no other news
+                sequence = self.scheduler.sequence(outcome.advance.seq_id)
+                self._early.append(
+                    SequenceOutput(
+                        sequence.request.request_id, sequence.index, prompt_logprobs=outcome.prompt_logprobs
+                    )
+                )
+
+    def _check(self, request: Request) -> None:
+        """The server has validated all this; a wrong id here would corrupt or crash a batch."""
+        sampling = request.sampling
+        ids = [
+            *request.prompt_ids,
+            *(token for token, _ in sampling.logit_bias),
+            *sampling.stop_token_ids,
+            *(sampling.allowed_token_ids or ()),
+            *(token for word in sampling.bad_words for token in word),
+        ]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise RequestRefused(f"a token id lies outside the vocabulary of {self.vocab_size}")
+        if request.method not in METHODS:
+            raise RequestRefused(f"unknown decoding method {request.method!r}")
+
+
+def _output(news: Progress, outcome: Outcome | None) -> SequenceOutput:
+    logprobs = None
+    if outcome is not None and outcome.logprobs is not None:
+        logprobs = outcome.logprobs[: len(news.tokens)]
+    return SequenceOutput(
+        request_id=news.request_id,
+        index=news.index,
+        tokens=news.tokens,
+        finish=news.finish,
+        stop_token=news.stop_token,
+        error=news.error,
+        logprobs=logprobs,
+        prompt_logprobs=outcome.prompt_logprobs if outcome is not None else None,
+        num_cached=news.num_cached,
+        first_scheduled_s=news.first_scheduled_s,
+    )

@@ -1,0 +1,12 @@
+"""One token a step: the target's own sample after the last committed token."""
+
+from __future__ import annotations
+
+from engine.decoding.method import Decision, Draws
+from scheduler.types import Sequence
+
+
+class Autoregressive:
+    def decide(self, sequence: Sequence, draws: Draws) -> Decision:
+        del sequence
+        return Decision(committed=draws.tokens[:1], rows=(0,))

@@ -1,0 +1,38 @@
+"""The tensors behind KV pages. Which page belongs to whom is the scheduler's business."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.models.config import TransformerConfig
+
+
+class KVStorage:
+    """Keys and values of every layer, each [num_pages, Hkv, page_size, D], zero at first.
+
+    Zeroed memory costs nothing until it is touched, and keeps slots that nobody may see finite.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+        self.page_size = page_size
+        self.num_kv_heads = config.num_kv_heads
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+
+    def clear(self, pages: list[int]) -> None:
+        """Zero pages whose numbers went wrong: a NaN would spread even from a slot of weight 0."""
+        index = torch.tensor(pages, dtype=torch.int64, device=self.keys[0].device)
+        for layer in (*self.keys, *self.values):
+            layer.index_fill_(0, index, 0)
+
+
+def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

@@ -1,0 +1,152 @@
+"""A plan's slices to advances: batch, forward pass, sampling, decoding methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from engine.batch import BatchBuilder
+from engine.decoding import METHODS, Decision, DecodingMethod, Draws
+from engine.kv_storage import KVStorage
+from engine.messages import TokenLogprobs
+from engine.models.transformer import Transformer
+from engine.sampling.places import Place
+from engine.sampling.sampler import Drawn, logprobs_of, sample
+from scheduler.plan import Advance, Slice, StepPlan
+from scheduler.scheduler import Scheduler
+from scheduler.types import EMPTY_WINDOW, Sequence, Window
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step made of one slice: the advance, and the log-probabilities that somebody asked for."""
+
+    advance: Advance
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one per committed token
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One slice and its rows of the step's logits."""
+
+    piece: Slice
+    sequence: Sequence
+    first: int  # its first row in the logits
+    num_scored: int = 0  # leading rows that score known prompt tokens
+    places: tuple[Place, ...] = field(default=())  # rows after them, to be sampled
+
+
+class Runner:
+    """Owns the per-sequence decoding methods and page tables; `release` forgets a sequence."""
+
+    def __init__(
+        self, model: Transformer, storage: KVStorage, batches: BatchBuilder, scheduler: Scheduler
+    ) -> None:
+        self.model = model
+        self.storage = storage
+        self.batches = batches
+        self.scheduler = scheduler
+        self.methods: dict[int, DecodingMethod] = {}
+
+    def release(self, seq_id: int) -> None:
+        self.methods.pop(seq_id, None)
+        self.batches.release(seq_id)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
+        for seq_id in plan.preempted:
+            self.batches.release(seq_id)
+        batch = self.batches.build(plan)
+        logits = self.model.forward(batch.rows, self.storage)
+        works = [
+            self._work(piece, first) for piece, first in zip(plan.slices, batch.first_logits, strict=True)
+        ]
+        places = [place for work in works for place in work.places]
+        rows = [row for work in works for row in _sampled_rows(work)]
+        chosen_logits = logits if len(rows) == len(logits) else logits[rows]
+        drawn = sample(chosen_logits, places) if rows else Drawn([], {})
+        outcomes = []
+        used = 0
+        for work in works:
+            outcomes.append(self._outcome(work, logits, drawn, used))
+            used += len(work.places)
+        return tuple(outcomes)
+
+    def _work(self, piece: Slice, first: int) -> _Work:
+        sequence = self.scheduler.sequence(piece.seq_id)
+        if not piece.num_logits:
+            return _Work(piece, sequence, first)
+        end = piece.start + len(piece.tokens)
+        committed = len(sequence.tokens)
+        places = ()
+        if end == committed + piece.num_window:
+            # The last committed token's row, then one per window token, each after the drafts before it.
+            drafts = piece.tokens[len(piece.tokens) - piece.num_window :]
+            places = tuple(Place(sequence, drafts[:count]) for count in range(piece.num_window + 1))
+        return _Work(piece, sequence, first, piece.num_logits - len(places), places)
+
+    def _outcome(self, work: _Work, logits: torch.Tensor, drawn: Drawn, used: int) -> Outcome:
+        piece, sequence = work.piece, work.sequence
+        scored = self._score_prompt(work, logits)
+        known = len(piece.tokens) - piece.num_window
+        if not work.places:
+            return Outcome(Advance(piece.seq_id, (), known, sequence.window), prompt_logprobs=scored)
+        for row in range(used, used + len(work.places)):
+            if row in drawn.errors:
+                self.storage.clear(
+                    self.batches.pages_of(piece.seq_id, piece.start + len(piece.tokens))[
+                        piece.start // self.storage.page_size :
+                    ]
+                )
+                return Outcome(Advance(piece.seq_id, (), 0, error=drawn.errors[row]))
+        begin = work.first + work.num_scored
+        rows = logits[begin : begin + len(work.places)]
+        tokens = tuple(drawn.tokens[used : used + len(work.places)])
+        decision = self._method(sequence).decide(sequence, Draws(tokens, rows))
+        advance = Advance(
+            seq_id=piece.seq_id,
+            committed=decision.committed,
+            num_valid=known + decision.num_window_kept,
+            window=self._bounded(sequence, decision),
+        )
+        return Outcome(advance, _logprobs(sequence, decision, rows), scored)
+
+    def _method(self, sequence: Sequence) -> DecodingMethod:
+        method = self.methods.get(sequence.seq_id)
+        if method is None:
+            method = self.methods[sequence.seq_id] = METHODS[sequence.request.method]()
+        return method
+
+    def _bounded(self, sequence: Sequence, decision: Decision) -> Window:
+        """A window that would leave the context is not computed at all."""
+        after = len(sequence.tokens) + len(decision.committed) + len(decision.window.tokens)
+        limit = self.batches.max_pages * self.batches.page_size
+        return decision.window if after <= limit else EMPTY_WINDOW
+
+    def _score_prompt(self, work: _Work, logits: torch.Tensor) -> tuple[TokenLogprobs, ...] | None:
+        """Row of slot s scores prompt token s + 1."""
+        count = work.sequence.request.sampling.prompt_logprobs
+        if not work.num_scored or count is None:
+            return None
+        piece = work.piece
+        first_slot = piece.start + len(piece.tokens) - piece.num_logits
+        targets = work.sequence.tokens[first_slot + 1 : first_slot + 1 + work.num_scored]
+        return tuple(logprobs_of(logits[work.first : work.first + work.num_scored], targets, count))
+
+
+def _sampled_rows(work: _Work) -> range:
+    begin = work.first + work.num_scored
+    return range(begin, begin + len(work.places))
+
+
+def _logprobs(
+    sequence: Sequence, decision: Decision, rows: torch.Tensor
+) -> tuple[TokenLogprobs, ...] | None:
+    count = sequence.request.sampling.logprobs
+    if count is None:
+        return None
+    if not decision.committed:
+        return ()
+    return tuple(logprobs_of(rows[list(decision.rows)], list(decision.committed), count))

@@ -1,0 +1,30 @@
+"""Whose logits a row holds, and what is known there when its token is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.types import SamplingParams, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One row to sample. `drafted` are window tokens that stand between the committed ones and here."""
+
+    sequence: Sequence
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequence.request.sampling
+
+    @property
+    def number(self) -> int:
+        """Which output token is chosen here, from 0: the place in the noise."""
+        return self.sequence.num_output + len(self.drafted)
+
+    def output(self) -> list[int]:
+        return self.sequence.tokens[self.sequence.prompt_len :] + list(self.drafted)
+
+    def history(self) -> list[int]:
+        return self.sequence.tokens + list(self.drafted)
