@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from engine.weights.gguf import BlockType
 
-_CHUNK_WEIGHTS = 2**18  # what is in flight stays in the cache: 1 MiB of float32
+_CHUNK_WEIGHTS = 2**20  # bounds the temporaries: a few times 4 MiB
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
