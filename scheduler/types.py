@@ -121,6 +121,10 @@ class Sequence:
     num_preemptions: int = 0
     attained_s: float = 0.0  # service attributed to it so far
     level: int = 0  # the policy's queue
+    root_key: bytes = b""  # what the keys of its pages start from
+    num_reached: int = 0  # the most leading tokens ever computed; a preemption does not lower it
+    num_findable: int = 0  # leading computed tokens whose KV others may share
+    num_pages_sent: int = 0  # leading pages that some plan has told the engine of
 
     @property
     def prompt_len(self) -> int:
@@ -134,3 +138,14 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens it wants computed: committed ones and the window."""
         return len(self.tokens) + len(self.window.tokens)
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and not all computed yet. Output that
+        an earlier engine process delivered proves that they were reported then."""
+        return (
+            self.request.sampling.prompt_logprobs is not None
+            and self.index == 0
+            and self.num_reached < self.prompt_len
+            and not any(self.request.delivered[:1])
+        )

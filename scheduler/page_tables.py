@@ -1,0 +1,90 @@
+"""The page tables of sequences: finding, growing, publishing and letting go of pages.
+
+The only place that changes `Sequence.pages` and `Sequence.page_keys`, and the only client of the
+pool. Of a running sequence's slots:
+
+    0 ........ num_findable ........ num_computed ........ num_tokens ...... pages * page_size
+    | full pages have a key | KV valid, but private | to be computed | at most one page's rest
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scheduler.prefix import page_key
+
+if TYPE_CHECKING:
+    from scheduler.pages import PagePool
+    from scheduler.types import Sequence
+
+
+class PageTables:
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self.pool = pool
+        self.page_size = page_size
+
+    def pages_for(self, num_slots: int) -> int:
+        return -(-num_slots // self.page_size)
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """The longest chain of findable pages that may stand for the sequence's leading tokens.
+
+        The last committed token is always computed, for its logits. Who reports the log-probabilities
+        of its prompt must compute it once itself: until then nothing is found, and after a
+        preemption only what it had reported already.
+        """
+        limit = len(sequence.tokens) - 1
+        if sequence.wants_prompt_logits:
+            limit = min(limit, sequence.num_reached)
+        pages: list[int] = []
+        for number in range(limit // self.page_size):
+            page = self.pool.find(self._key(sequence, number))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def hold(self, sequence: Sequence, found: list[int]) -> None:
+        """Start the sequence's table with pages from `find`."""
+        assert not sequence.pages, "the table is not empty"
+        for page in found:
+            self.pool.hold(page)
+        sequence.pages = found
+        sequence.num_computed = sequence.num_findable = len(found) * self.page_size
+        sequence.num_pages_sent = 0
+
+    def missing(self, sequence: Sequence, num_slots: int) -> int:
+        """Pages that the sequence lacks for its first `num_slots` slots."""
+        return max(0, self.pages_for(num_slots) - len(sequence.pages))
+
+    def grow(self, sequence: Sequence, num_slots: int) -> None:
+        sequence.pages += self.pool.take(self.missing(sequence, num_slots))
+
+    def publish(self, sequence: Sequence, since: int) -> None:
+        """Give keys to the pages that became full of findable tokens since there were `since`."""
+        for number in range(since // self.page_size, sequence.num_findable // self.page_size):
+            self.pool.register(sequence.pages[number], self._key(sequence, number))
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the pages beyond what the sequence wants computed next."""
+        keep = self.pages_for(sequence.num_tokens)
+        if len(sequence.pages) > keep:
+            self.pool.release(sequence.pages[keep:])
+            del sequence.pages[keep:]
+            sequence.num_pages_sent = min(sequence.num_pages_sent, keep)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Let go of every page; the full ones stay findable until their memory is needed."""
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = sequence.num_findable = sequence.num_pages_sent = 0
+
+    def _key(self, sequence: Sequence, number: int) -> bytes:
+        """The key of one full page of committed tokens, which never change: computed once, and kept
+        over preemptions."""
+        keys, size = sequence.page_keys, self.page_size
+        while len(keys) <= number:
+            start = len(keys) * size
+            parent = keys[-1] if keys else sequence.root_key
+            keys.append(page_key(parent, sequence.tokens[start : start + size]))
+        return keys[number]
