@@ -1,0 +1,93 @@
+"""Serve a model.
+
+Settings come from the defaults, a TOML file (--config or $OCTAVO_CONFIG), the environment
+(OCTAVO_PORT, OCTAVO_MAX_NUM_SEQS, ...) and the flags below; the later of these wins. Sizes and
+counts take the binary suffixes k, m, g, t; lists are separated by commas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from server.settings import SECTIONS, SETTINGS, Resolved, Setting, SettingsError, render, resolve
+
+if TYPE_CHECKING:
+    from server.config import Config
+
+TITLES = {"server": "HTTP server", "engine": "model and engine", "scheduler": "scheduler and memory"}
+METAVARS = {int: "N", float: "SECONDS", str: "TEXT", tuple: "A,B"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [MODEL] [--config FILE] [--print-config] [settings]"
+    parser.add_argument("target", nargs="?", metavar="MODEL", help=SETTINGS["model"].help)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    parser.add_argument("--print-config", action="store_true", help="print the configuration and exit")
+    parser.add_argument("--show-secrets", action="store_true", help="print the API keys too")
+    for section in SECTIONS:
+        group = parser.add_argument_group(TITLES[section])
+        for setting in SETTINGS.values():
+            if setting.section == section:
+                _add_flag(group, setting)
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    text = f"{setting.help}{_shown_default(setting)}".replace("%", "%%")
+    if setting.kind is bool:
+        group.add_argument(
+            setting.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
+        return
+    metavar = "BYTES" if setting.name.endswith("_bytes") else METAVARS[setting.kind]
+    group.add_argument(setting.flag, metavar=metavar, default=argparse.SUPPRESS, help=text)
+
+
+def _shown_default(setting: Setting) -> str:
+    """Nothing where the default is "none", which the help explains itself."""
+    if setting.kind is bool:
+        return f" (default {'on' if setting.default else 'off'})"
+    if setting.default in (0, "", ()):
+        return ""
+    value = ",".join(setting.default) if setting.kind is tuple else setting.default
+    return f" (default {value})"
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = settings_of(args)
+    for warning in resolved.warnings:
+        print(f"octavo serve: {warning}", file=sys.stderr)
+    if args.print_config:
+        print(render(resolved, show_secrets=args.show_secrets), end="")
+        return 0
+    return serve(resolved.config)
+
+
+def settings_of(args: argparse.Namespace) -> Resolved:
+    """Combine the command line with the file and the environment that it names."""
+    flags = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    if args.target is not None:
+        if flags.get("model", args.target) != args.target:
+            raise SettingsError(f"MODEL is given twice: {args.target} and --model {flags['model']}")
+        flags["model"] = args.target
+    path = args.config or (Path(os.environ["OCTAVO_CONFIG"]) if os.environ.get("OCTAVO_CONFIG") else None)
+    return resolve(flags, os.environ, path)
+
+
+def serve(config: Config) -> int:
+    """Run until told to stop. The engine process starts before anything heavy is imported here, so
+    that it loads the model while this process imports FastAPI and builds the tokeniser."""
+    from engine.client import EngineProcess
+
+    engine = EngineProcess.spawn(config.engine)
+
+    import asyncio
+
+    from server.serve import serve as listen
+    from server.service import build_service
+
+    service = build_service(config, engine)
+    return asyncio.run(listen(service, config))
