@@ -18,7 +18,7 @@ _HALF_ULP = 2.0**-33
 
 def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Four counter words and two key words, int64 tensors of 32-bit values that broadcast -> four words."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         product0 = c0 * _MULTIPLIERS[0]  # wraps at 64 bits like the unsigned product
@@ -60,7 +60,7 @@ class NoiseKeys:
         pieces = []
         for row in range(self.low.shape[0]):
             one = _Row(self, row)
-            pieces.append(torch.cat([one.words(part) for part in groups.split(_CHUNK)])[:size])
+            pieces.append(torch.cat([one.words(part) for part in torch.split(groups, _CHUNK)])[:size])
         return _gumbel(torch.stack(pieces))
 
     def _words(self, groups: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,153 @@
+"""From a configuration to an engine that can compute: device, dtype, weights, pages, scheduler."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cuda_kernels.ops import pick
+from engine.batch import BatchBuilder
+from engine.checkpoint import Checkpoint, locate
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.kv_storage import KVStorage, kv_bytes_per_token
+from engine.messages import Phase, Ready
+from engine.models.transformer import Transformer
+from engine.runner import Runner
+from engine.weights.loader import load_weights
+from scheduler.config import SchedulerConfig
+from scheduler.scheduler import Scheduler
+
+CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
+GPU_MEMORY_SHARE = 0.85
+
+
+class EngineConfigError(Exception):
+    """The configuration cannot be served on this machine; one line with the numbers and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    core: EngineCore
+    ready: Ready
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.phases.append(Phase(name, now - self._last))
+        self._last = now
+
+
+def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltEngine:
+    """Load the model and lay out the pages. Raises CheckpointError or EngineConfigError, one line each."""
+    watch = _Stopwatch()
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    # The process is the engine's own: one pool of threads, all cores.
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    checkpoint = locate(config.model, config.revision)
+    watch.lap("locate checkpoint")
+    weights = load_weights(checkpoint, dtype, device)
+    watch.lap("load weights")
+    ops = pick(device)
+    model = Transformer(checkpoint.transformer, weights, ops)
+    watch.lap("build model")
+    shape = checkpoint.transformer
+    max_model_len = _max_model_len(config, checkpoint)
+    settings = _with_pages(config, checkpoint, dtype, device, max_model_len)
+    storage = KVStorage(shape, settings.num_pages, settings.page_size, dtype, device)
+    scheduler = Scheduler(settings, time.monotonic, max_model_len)
+    batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, device)
+    core = EngineCore(scheduler, Runner(model, storage, batches, scheduler), shape.vocab_size)
+    watch.lap("lay out pages")
+    ready = Ready(
+        max_model_len=max_model_len,
+        vocab_size=shape.vocab_size,
+        page_size=settings.page_size,
+        num_pages=settings.num_pages,
+        kv_bytes_per_token=kv_bytes_per_token(shape, dtype),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        phases=(*phases, *watch.phases),
+    )
+    return BuiltEngine(core, ready)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineConfigError("device = cuda, but torch sees no CUDA device; use device = cpu or auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # Without the instructions bfloat16 products are emulated, many times slower than float32.
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    longest = checkpoint.transformer.max_positions
+    if config.max_model_len > longest:
+        raise EngineConfigError(
+            f"max_model_len = {config.max_model_len}, but the model has {longest} positions; use at most that"
+        )
+    return config.max_model_len or longest
+
+
+def _with_pages(
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> SchedulerConfig:
+    settings = config.scheduler
+    page_bytes = kv_bytes_per_token(checkpoint.transformer, dtype) * settings.page_size
+    num_pages = settings.num_pages
+    free = free_bytes(device)
+    if not num_pages:
+        most = settings.max_num_seqs * -(-max_model_len // settings.page_size)
+        share = CPU_MEMORY_SHARE if device.type == "cpu" else GPU_MEMORY_SHARE
+        num_pages = min(most, (config.kv_cache_bytes or int(free * share)) // page_bytes)
+    needed = -(-max_model_len // settings.page_size)
+    if num_pages < needed and not settings.num_pages:
+        raise EngineConfigError(
+            f"KV pages for {num_pages * settings.page_size} tokens fit, one sequence of max_model_len = "
+            f"{max_model_len} needs {needed * page_bytes} bytes of {free} free: lower max_model_len or "
+            f"raise kv_cache_bytes"
+        )
+    if num_pages * page_bytes > free:
+        raise EngineConfigError(
+            f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free: lower num_pages or "
+            f"kv_cache_bytes"
+        )
+    return replace(settings, num_pages=num_pages)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device; on a CPU within the limits of the container as well."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)

@@ -1,0 +1,104 @@
+"""The engine process: one ZeroMQ socket in and out, one loop that computes.
+
+    python -m engine.process SOCKET_PATH CONFIG_JSON
+
+It ends when told to (`Stop`), or when its standard input closes, which is how it learns that the server
+is gone, however that happened. It sleeps on the socket when there is nothing to compute.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+
+_started = time.perf_counter()
+
+import msgspec  # noqa: E402
+import zmq  # noqa: E402
+
+from engine.config import EngineConfig  # noqa: E402
+from engine.messages import Failed, FromEngine, Phase, Stop, ToEngine  # noqa: E402
+
+_SEND_LINGER_MS = 1000
+
+logger = logging.getLogger("octavo.engine")
+
+
+class Link:
+    """The engine's end of the socket."""
+
+    def __init__(self, path: str) -> None:
+        self.context = zmq.Context(io_threads=1)
+        self.socket = self.context.socket(zmq.PAIR)
+        self.socket.setsockopt(zmq.LINGER, _SEND_LINGER_MS)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the requests in flight; a stall must not block
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.connect(f"ipc://{path}")
+        self.poller = zmq.Poller()
+        self.poller.register(self.socket, zmq.POLLIN)
+        self.poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        self.encoder = msgspec.msgpack.Encoder()
+        self.decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+    def send(self, message: FromEngine) -> None:
+        self.socket.send(self.encoder.encode(message))
+
+    def receive(self, wait: bool) -> list[ToEngine]:
+        """Everything that has arrived; with `wait`, sleeps until something does."""
+        events = dict(self.poller.poll(None if wait else 0))
+        messages: list[ToEngine] = []
+        if self.socket in events:
+            while self.socket.poll(0):
+                messages.append(self.decoder.decode(self.socket.recv()))
+        if sys.stdin.fileno() in events and not os.read(sys.stdin.fileno(), 1024):
+            messages.append(Stop())
+        return messages
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+def run(link: Link, config: EngineConfig) -> int:
+    """Build, report ready, then step until told to stop. -> exit status"""
+    from engine.building import EngineConfigError, build_engine
+    from engine.weights.errors import CheckpointError
+
+    imported = Phase("import torch", time.perf_counter() - _started)
+    try:
+        engine = build_engine(config, (imported,))
+    except (CheckpointError, EngineConfigError) as error:
+        link.send(Failed(str(error)))
+        return 1
+    link.send(engine.ready)
+    core = engine.core
+    while True:
+        for message in link.receive(wait=not core.has_work):
+            if isinstance(message, Stop):
+                return 0
+            core.handle(message)
+        link.send(core.step())
+
+
+def main(arguments: list[str]) -> int:
+    path, config_json = arguments
+    config = msgspec.json.decode(config_json, type=EngineConfig)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it drains and says stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=os.environ.get("OCTAVO_ENGINE_LOG", "INFO"), format="%(levelname)s %(message)s")
+    link = Link(path)
+    try:
+        return run(link, config)
+    except Exception as error:
+        logger.exception("the engine stopped")
+        link.send(Failed(f"the engine stopped: {type(error).__name__}: {error}".splitlines()[0]))
+        return 1
+    finally:
+        link.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
