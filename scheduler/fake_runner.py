@@ -1,0 +1,213 @@
+"""A stand-in for the engine: a text that is known beforehand, a KV memory that can be read.
+
+The token of place t is a function of (prompt, seed, choice, t) alone, so the output that a request
+must have does not depend on scheduling. What a slot of a page holds is a hash of all the tokens that
+a true KV would depend on; every slice reads back its whole prefix through the page table that the
+plans built up, so a page that is lost, shared wrongly or overwritten is noticed.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from scheduler.choices import max_tokens_of
+from scheduler.plan import Advance
+from scheduler.types import EMPTY_WINDOW, FinishReason, Visibility, Window
+
+if TYPE_CHECKING:
+    from scheduler.plan import Slice, StepPlan
+    from scheduler.scheduler import Scheduler
+    from scheduler.types import Request, Sequence
+
+VOCABULARY = 40
+METHODS = ("autoregressive", "line", "tree", "block")
+
+
+def true_token(request: Request, index: int, place: int) -> int:
+    return hash((request.prompt_ids, request.sampling.seed, index, place)) % VOCABULARY
+
+
+def true_output(request: Request, index: int, max_model_len: int) -> tuple[tuple[int, ...], FinishReason]:
+    """The whole output of one choice and why it ends, by the plainest reading of the rules."""
+    sampling, output = request.sampling, list[int]()
+    room = min(sampling.max_tokens, max_model_len - len(request.prompt_ids))
+    while len(output) < room:
+        output.append(true_token(request, index, len(output)))
+        if output[-1] in sampling.stop_token_ids and len(output) >= sampling.min_tokens:
+            return tuple(output), FinishReason.STOP
+    return tuple(output), FinishReason.LENGTH
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What the engine knows of one sequence: its page table, and what its slots should hold."""
+
+    table: list[int] = field(default_factory=list)
+    contents: list[int] = field(default_factory=list)
+
+
+class FakeRunner:
+    """Executes plans of one scheduler; `failing` are (request id, choice) that cannot be computed."""
+
+    def __init__(self, scheduler: Scheduler, rng: random.Random, failing: set[tuple[str, int]]) -> None:
+        self._scheduler = scheduler
+        self._rng = rng
+        self._failing = failing
+        self._page_size = scheduler.config.page_size
+        self._slots = [0] * (scheduler.config.num_pages * self._page_size)
+        self._known: dict[int, _Memory] = {}
+        self.prompt_logits: dict[tuple[str, int], list[int]] = {}  # slots reported, by choice
+
+    def execute(self, plan: StepPlan) -> list[Advance]:
+        """Compute all slices of a plan, in any order, as a batch would."""
+        for seq_id in plan.preempted:
+            self._known.pop(seq_id, None)
+        assert plan.num_tokens <= self._scheduler.config.max_num_batched_tokens, "too many tokens in a step"
+        assert len({piece.seq_id for piece in plan.slices}) == len(plan.slices), "two slices of one sequence"
+        advances = []
+        for piece in self._rng.sample(plan.slices, len(plan.slices)):
+            sequence = self._scheduler.sequence(piece.seq_id)
+            self._check_slice(piece, sequence)
+            self._compute(piece, sequence)
+            advances.append(self._decode(piece, sequence))
+        return advances
+
+    def forget(self, seq_id: int) -> None:
+        self._known.pop(seq_id, None)
+
+    def is_empty(self) -> bool:
+        return not self._known
+
+    # The slice
+
+    def _check_slice(self, piece: Slice, sequence: Sequence) -> None:
+        known, num = len(sequence.tokens), len(piece.tokens)
+        end = piece.start + num
+        assert num > 0, "an empty slice"
+        wanted = (*sequence.tokens, *sequence.window.tokens)
+        places = (*range(known), *(known + depth for depth in sequence.window.depths))
+        assert piece.tokens == wanted[piece.start : end], "other tokens than the sequence's"
+        assert tuple(piece.positions) == places[piece.start : end], "wrong positions"
+        assert piece.num_window in (0, len(sequence.window.tokens)), "a part of a window"
+        assert end - piece.num_window <= known, "window tokens that are not declared"
+        self._check_logits(piece, sequence, end - piece.num_window == known)
+
+    def _check_logits(self, piece: Slice, sequence: Sequence, reaches_end: bool) -> None:
+        request, num = sequence.request, len(piece.tokens)
+        reports_prompt = request.sampling.prompt_logprobs is not None and sequence.index == 0
+        asked = range(piece.start + num - piece.num_logits, piece.start + num)
+        if reaches_end:
+            assert piece.num_logits >= min(num, 1 + piece.num_window), "logits are missing"
+        if not reports_prompt:
+            assert piece.num_logits == (min(num, 1 + piece.num_window) if reaches_end else 0), "idle logits"
+            return
+        reported = self.prompt_logits.setdefault((request.request_id, sequence.index), [])
+        reported += [slot for slot in asked if slot < len(request.prompt_ids) - 1]
+
+    def _compute(self, piece: Slice, sequence: Sequence) -> None:
+        """Extend the page table, read the whole prefix back, write the new slots."""
+        if piece.first_new_page == 0:
+            self._known[piece.seq_id] = _Memory(contents=self._causal(sequence, piece.start))
+        memory = self._known[piece.seq_id]
+        assert piece.first_new_page <= len(memory.table), "a gap in the page table"
+        memory.table[piece.first_new_page :] = piece.new_pages
+        end = piece.start + len(piece.tokens)
+        assert end <= len(memory.table) * self._page_size, "slots without a page"
+        slots = self._slot_numbers(memory, 0, end)
+        assert len(memory.contents) >= piece.start, "a slice behind a gap"
+        del memory.contents[piece.start :]
+        held = [self._slots[slot] for slot in slots[: piece.start]]
+        assert held == memory.contents, f"sequence {piece.seq_id} finds foreign KV in its pages"
+        self._check_private(slots[piece.start :])
+        memory.contents += self._kv(piece, memory.contents, sequence)
+        for slot, content in zip(slots[piece.start :], memory.contents[piece.start :], strict=True):
+            self._slots[slot] = content
+
+    def _check_private(self, written: list[int]) -> None:
+        pool = self._scheduler._pool
+        for page in {slot // self._page_size for slot in written}:
+            assert pool.references[page] == 1, "a shared page is written"
+            assert page not in pool.key_of, "a findable page is written"
+
+    def _slot_numbers(self, memory: _Memory, start: int, end: int) -> list[int]:
+        size = self._page_size
+        return [memory.table[slot // size] * size + slot % size for slot in range(start, end)]
+
+    def _root(self, sequence: Sequence) -> int:
+        own = "" if self._scheduler.config.prefix_cache else sequence.request.request_id
+        return zlib.crc32(f"{sequence.request.cache_salt}/{own}".encode())
+
+    def _causal(self, sequence: Sequence, end: int) -> list[int]:
+        contents, last = list[int](), self._root(sequence)
+        for token in sequence.tokens[:end]:
+            last = hash((last, token))
+            contents.append(last)
+        return contents
+
+    def _kv(self, piece: Slice, before: list[int], sequence: Sequence) -> list[int]:
+        """Slot contents of the slice's tokens. Those of a window that sees all of itself differ from
+        causal ones."""
+        last = before[-1] if before else self._root(sequence)
+        contents = []
+        num_known = len(piece.tokens) - piece.num_window
+        sees_all = piece.visibility is Visibility.ALL
+        for k, token in enumerate(piece.tokens):
+            whole = piece.tokens[num_known:] if sees_all and k >= num_known else None
+            last = hash((last, token)) if whole is None else hash((last, token, whole))
+            contents.append(last)
+        return contents
+
+    # The decoding methods
+
+    def _decode(self, piece: Slice, sequence: Sequence) -> Advance:
+        request, index = sequence.request, sequence.index
+        if (request.request_id, index) in self._failing and self._rng.random() < 0.3:
+            return Advance(piece.seq_id, (), 0, error="injected")
+        num_known = len(piece.tokens) - piece.num_window
+        if piece.start + num_known < len(sequence.tokens):
+            return Advance(piece.seq_id, (), num_known)
+        place = sequence.num_output
+        if piece.visibility is Visibility.ALL:
+            return self._unmask(piece, sequence, num_known)
+        drafts = sequence.window.tokens if piece.num_window else ()
+        agreed = 0
+        while agreed < len(drafts) and drafts[agreed] == true_token(request, index, place + agreed):
+            agreed += 1
+        committed = tuple(true_token(request, index, place + k) for k in range(agreed + 1))
+        return Advance(piece.seq_id, committed, num_known + agreed, self._window(sequence, agreed + 1))
+
+    def _unmask(self, piece: Slice, sequence: Sequence, num_known: int) -> Advance:
+        """A block: denoise it some more, or commit it with the KV that it has."""
+        window, place = sequence.window, sequence.num_output
+        if self._rng.random() < 0.5:
+            return Advance(piece.seq_id, (), num_known, window)
+        block = range(place, place + len(window.tokens))
+        true_block = tuple(true_token(sequence.request, sequence.index, k) for k in block)
+        if window.tokens != true_block:
+            filled = Window(true_block, window.depths, window.visibility)
+            return Advance(piece.seq_id, (), num_known, filled)
+        return Advance(piece.seq_id, true_block, len(piece.tokens), self._window(sequence, len(true_block)))
+
+    def _window(self, sequence: Sequence, num_committed: int) -> Window:
+        """The next window of a sequence that is about to commit; it keeps within all limits."""
+        request, place = sequence.request, sequence.num_output + num_committed
+        limit = max_tokens_of(request, self._scheduler.max_model_len)
+        room = limit - len(sequence.tokens) - num_committed
+        size = min(room, self._scheduler.config.max_num_batched_tokens - 1, 6)
+        if request.method == "autoregressive" or size < 1:
+            return EMPTY_WINDOW
+        if request.method == "block":
+            return Window((VOCABULARY,) * size, tuple(range(size)), Visibility.ALL)
+        size = self._rng.randint(0, size)
+        tokens = [true_token(request, sequence.index, place + k) for k in range(size)]
+        if size and self._rng.random() < 0.6:
+            tokens[self._rng.randrange(size)] = VOCABULARY + 1  # a draft that is never right
+        if request.method == "tree" and size > 1:
+            # A path of size - 1 tokens, and one rival of its first token.
+            tokens[-1] = VOCABULARY + 2
+            words = (*((1 << (k + 1)) - 1 for k in range(size - 1)), 1 << (size - 1))
+            return Window(tuple(tokens), (*range(size - 1), 0), Visibility.ANCESTORS, words)
+        return Window(tuple(tokens), tuple(range(size)))
