@@ -41,6 +41,16 @@ class ServerConfig:
     max_logprobs: int = field(default=20, metadata={"help": "alternatives per token in logprobs"})
     max_logit_bias: int = field(default=1024, metadata={"help": "entries in logit_bias"})
     max_bad_words: int = field(default=64, metadata={"help": "entries in bad_words"})
+    max_stop_token_ids: int = field(default=128, metadata={"help": "entries in stop_token_ids"})
+    max_messages: int = field(default=4096, metadata={"help": "messages in one chat request"})
+    max_chars_per_token: int = field(
+        default=128,
+        metadata={"help": "a prompt with more characters than this times the context is not even tokenised"},
+    )
+    max_tokenize_chars: int = field(default=2**20, metadata={"help": "characters of text in /tokenize"})
+    num_text_threads: int = field(
+        default=2, metadata={"help": "threads that render and tokenise prompts beside the event loop"}
+    )
     max_template_output_chars: int = field(
         default=4 * 2**20, metadata={"help": "characters a chat template may produce", "min": 1}
     )

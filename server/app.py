@@ -1,0 +1,71 @@
+"""The HTTP application: routes around one Service, inside the middleware that guards them all."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from server.auth import ApiKeyMiddleware
+from server.errors import install_error_handlers
+from server.middleware import BodyLimitMiddleware, CallMiddleware
+from server.openapi import install_openapi
+from server.routes.chat import chat_router
+from server.routes.completions import completions_router
+from server.routes.models import models_router
+from server.routes.operations import operations_router
+from server.routes.tokens import tokens_router
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from server.service import Service
+
+EXPOSED_HEADERS = ("x-request-id", "x-octavo-ignored-fields", "retry-after")
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application. It answers at once; the engine behind it may become ready later."""
+    app = FastAPI(
+        title="Octavo",
+        version=service.version,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lambda app: _reporting(service),
+    )
+    for router in (completions_router, chat_router, models_router, tokens_router, operations_router):
+        app.include_router(router(service))
+    install_error_handlers(app)
+    install_openapi(app)
+    _surround(app, service)
+    return app
+
+
+def _surround(app: FastAPI, service: Service) -> None:
+    """The innermost first: each add_middleware wraps what is there."""
+    config = service.config.server
+    app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
+    app.add_middleware(ApiKeyMiddleware, config=config)
+    if config.cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allow_origins,
+            allow_methods=config.cors_allow_methods,
+            allow_headers=config.cors_allow_headers,
+            expose_headers=EXPOSED_HEADERS,
+        )
+    app.add_middleware(CallMiddleware, metrics=service.metrics)
+
+
+@asynccontextmanager
+async def _reporting(service: Service) -> AsyncIterator[None]:
+    reporter = asyncio.create_task(service.report_throughput())
+    try:
+        yield
+    finally:
+        reporter.cancel()
+        with suppress(asyncio.CancelledError):
+            await reporter

@@ -1,0 +1,110 @@
+"""One error envelope, OpenAI's, for every status.
+
+ApiError is raised by routes, admission and validation; everything else that can go wrong (unknown
+route, wrong method, a bug) is turned into the same envelope by the handlers below.
+"""
+
+from __future__ import annotations
+
+import http
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.responses import Response
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fastapi import FastAPI
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+
+# The `type` clients see for a status; SDKs themselves go by the status.
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+MAX_MESSAGE_CHARS = 2000
+
+
+class ApiError(Exception):
+    """An answer other than success. `param` is the path of the field at fault, as `messages.0.role`."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message[:MAX_MESSAGE_CHARS]
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def envelope(self) -> dict[str, Any]:
+        """The body: {"error": {"message", "type", "param", "code"}}."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A 400."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, retry_after_s: int, code: str) -> ApiError:
+    """A 503 that says when to come back."""
+    return ApiError(503, message, code=code, headers={"retry-after": str(retry_after_s)})
+
+
+INTERNAL = ApiError(500, "The server had an error while processing the request.", code="internal_error")
+DEADLINE = ApiError(504, "The request's deadline passed before its first token.", code="deadline_exceeded")
+
+
+def error_response(error: ApiError) -> Response:
+    body = msgspec.json.encode(error.envelope())
+    return Response(body, error.status, error.headers, "application/json")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Exceptions of routes and of the router become envelopes; bugs are caught by the middleware."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_parameters(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(invalid(str(first["msg"]), param or None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return error_response(_from_http(request, error))
+
+
+def _from_http(request: Request, error: HTTPException) -> ApiError:
+    messages = {
+        404: f"Unknown route: {request.method[:16]} {request.url.path[:200]}",
+        405: f"Method {request.method[:16]} is not allowed for {request.url.path[:200]}",
+    }
+    codes = {404: "unknown_route", 405: "method_not_allowed"}
+    status = error.status_code
+    message = messages.get(status) or str(error.detail) or http.HTTPStatus(status).phrase
+    return ApiError(status, message, code=codes.get(status), headers=error.headers)

@@ -1,0 +1,303 @@
+"""Prometheus metrics: vLLM's names where the meaning is vLLM's, `octavo:` for what only we have.
+
+Two sources. The engine's step outputs give tokens, their times and the scheduler's gauges; the
+server's streams say how each sequence ended. All calls come from the event loop.
+
+Counts hold exactly: of N sequences of T tokens each, time_to_first_token has N observations,
+inter_token_latency N * (T - 1), generation_tokens N * T. Tokens that arrive k at a time share the
+time since the previous ones.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from scheduler.plan import SchedulerStats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from engine.messages import Ready, SequenceOutput, StepOutput
+    from scheduler.types import Request
+
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+INTER_TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+REQUEST_BUCKETS = (
+    *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+STEP_TOKEN_BUCKETS = tuple(float(2**power) for power in range(15))
+TOKEN_BUCKETS = tuple(float(scale * 10**power) for power in range(6) for scale in (1, 2, 5))
+CHOICE_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
+MAX_LEVELS = 32  # label values of the queue's levels
+
+
+@dataclass(slots=True)
+class SequenceTimes:
+    """When things happened to one sequence, on the monotonic clock; None until they did."""
+
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float = 0.0
+    num_tokens: int = 0
+    finished: bool = False
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What the metrics know of a request in flight."""
+
+    request: Request
+    sequences: list[SequenceTimes]
+    prompt_counted: bool = False
+
+
+@dataclass(slots=True)
+class Totals:
+    """Running totals for the log's throughput line."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+
+
+class Metrics:
+    def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.registry = CollectorRegistry()
+        self.totals = Totals()
+        self._clock = clock
+        self._model = model_name
+        self._live: dict[str, RequestRecord] = {}
+        self._ready: Ready | None = None
+        self._make_gauges()
+        self._make_counters()
+        self._make_token_histograms()
+        self._make_time_histograms()
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+    def count_http(self, handler: str, method: str, status: int) -> None:
+        """One HTTP request done. The caller bounds `handler` and `method`."""
+        self._http.labels(handler, method, str(status)).inc()
+
+    # Requests, as the server sees them
+
+    def begin(self, request: Request) -> None:
+        self._live[request.request_id] = RequestRecord(
+            request, [SequenceTimes() for _ in range(request.num_choices)]
+        )
+        self._params_n.observe(request.num_choices)
+        self._params_max_tokens.observe(request.sampling.max_tokens)
+
+    def finish(self, request_id: str, index: int, reason: str) -> None:
+        """One sequence ended; only the first end counts."""
+        record = self._live.get(request_id)
+        if record is None or record.sequences[index].finished:
+            return
+        times = record.sequences[index]
+        times.finished = True
+        self._observe_end(record.request, times, reason)
+
+    def end(self, request_id: str) -> None:
+        """The request is over; sequences still running count as aborted."""
+        record = self._live.get(request_id)
+        if record is None:
+            return
+        for index in range(len(record.sequences)):
+            self.finish(request_id, index, "abort")
+        del self._live[request_id]
+
+    # The engine
+
+    def on_ready(self, ready: Ready) -> None:
+        """A new engine computes. Its counters begin at zero."""
+        if self._ready is not None:
+            self._restarts.inc()
+        self._ready = ready
+        self.totals.stats = SchedulerStats()
+        sizes = {"block_size": str(ready.page_size), "num_gpu_blocks": str(ready.num_pages)}
+        self._cache_config.clear()
+        self._cache_config.labels(self._model, *sizes.values(), ready.dtype).set(1)
+
+    def on_step(self, step: StepOutput) -> None:
+        now = self._clock()
+        tokens = sum(self._observe_tokens(output, now) for output in step.outputs if output.tokens)
+        if tokens:
+            self._iteration_tokens.observe(tokens)
+        self._observe_stats(step.stats)
+
+    def _observe_tokens(self, output: SequenceOutput, now: float) -> int:
+        """Tokens that this output stands for: its own, and the prompt's with the first of a request."""
+        record = self._live.get(output.request_id)
+        if record is None or record.sequences[output.index].finished:
+            return 0
+        times = record.sequences[output.index]
+        count = len(output.tokens)
+        prompt = 0
+        if not record.prompt_counted:
+            record.prompt_counted = True
+            prompt = len(record.request.prompt_ids)
+            self._prompt_tokens.inc(prompt)
+            self._request_prompt_tokens.observe(prompt)
+            self.totals.prompt_tokens += prompt
+        self._observe_latency(record.request, times, count, now)
+        times.first_scheduled_s = times.first_scheduled_s or output.first_scheduled_s
+        times.num_tokens += count
+        times.last_token_s = now
+        self._generation_tokens.inc(count)
+        self.totals.generation_tokens += count
+        return prompt + count
+
+    def _observe_latency(self, request: Request, times: SequenceTimes, count: int, now: float) -> None:
+        gaps, gap = count, (now - times.last_token_s) / count
+        if times.first_token_s is None:
+            times.first_token_s = now
+            self._first_token.observe(now - request.arrival_s)
+            gaps, gap = count - 1, 0.0
+        for _ in range(gaps):
+            self._inter_token.observe(gap)
+
+    def _observe_end(self, request: Request, times: SequenceTimes, reason: str) -> None:
+        now = self._clock()
+        self._success.labels(self._model, reason).inc()
+        self._request_generation_tokens.observe(times.num_tokens)
+        self._e2e.observe(now - request.arrival_s)
+        started = times.first_scheduled_s
+        self._queue.observe((started or now) - request.arrival_s)
+        if started is None or times.first_token_s is None:
+            return
+        self._prefill.observe(times.first_token_s - started)
+        self._decode.observe(times.last_token_s - times.first_token_s)
+        self._inference.observe(times.last_token_s - started)
+
+    def _observe_stats(self, stats: SchedulerStats) -> None:
+        before, self.totals.stats = self.totals.stats, stats
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        self._usage.set(stats.num_pages_held / stats.num_pages if stats.num_pages else 0.0)
+        free = stats.num_pages - stats.num_pages_held - stats.num_pages_cached
+        for state, pages in (
+            ("held", stats.num_pages_held),
+            ("cached", stats.num_pages_cached),
+            ("free", free),
+        ):
+            self._pages.labels(self._model, state).set(pages)
+        self._set_levels("running", stats.running_by_level)
+        self._set_levels("waiting", stats.waiting_by_level)
+        # max(): an engine that restarted begins again at zero, and a counter never falls
+        self._prefix_queries.inc(max(0, stats.prefix_query_tokens - before.prefix_query_tokens))
+        self._prefix_hits.inc(max(0, stats.prefix_hit_tokens - before.prefix_hit_tokens))
+        self._preemptions.inc(max(0, stats.num_preemptions - before.num_preemptions))
+        self._recomputed.inc(max(0, stats.recomputed_tokens - before.recomputed_tokens))
+
+    def _set_levels(self, state: str, counts: Sequence[int]) -> None:
+        for level, count in enumerate(counts[:MAX_LEVELS]):
+            self._levels.labels(self._model, str(level), state).set(count)
+
+    # Declarations
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(name, text, ["model_name"], registry=self.registry).labels(self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(
+            self._model
+        )
+
+    def _make_gauges(self) -> None:
+        self._running = self._gauge("vllm:num_requests_running", "Sequences that hold pages.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait.")
+        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages held by sequences, 0 to 1.")
+        self._cache_config = Gauge(
+            "vllm:cache_config_info",
+            "Sizes of the KV cache, as labels.",
+            ["model_name", "block_size", "num_gpu_blocks", "dtype"],
+            registry=self.registry,
+        )
+        self._levels = Gauge(
+            "octavo:queue_sequences",
+            "Sequences per level of the feedback queue.",
+            ["model_name", "level", "state"],
+            registry=self.registry,
+        )
+        self._pages = Gauge(
+            "octavo:kv_pages", "KV pages by state.", ["model_name", "state"], registry=self.registry
+        )
+
+    def _make_counters(self) -> None:
+        self._prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
+        self._preemptions = self._counter("vllm:num_preemptions", "Sequences that lost their pages.")
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that began.")
+        self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._recomputed = self._counter(
+            "octavo:recomputed_tokens", "Tokens computed again after a preemption."
+        )
+        self._restarts = self._counter("octavo:engine_restarts", "Engine processes that replaced a dead one.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Sequences that ended, by reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._http = Counter(
+            "http_requests",
+            "HTTP requests, by route template, method and status (499: the client left).",
+            ["handler", "method", "status"],
+            registry=self.registry,
+        )
+
+    def _make_token_histograms(self) -> None:
+        self._iteration_tokens = self._histogram(
+            "vllm:iteration_tokens_total", "Prompt and output tokens per engine step.", STEP_TOKEN_BUCKETS
+        )
+        self._request_prompt_tokens = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens per request.", TOKEN_BUCKETS
+        )
+        self._request_generation_tokens = self._histogram(
+            "vllm:request_generation_tokens", "Output tokens per sequence.", TOKEN_BUCKETS
+        )
+        self._params_n = self._histogram("vllm:request_params_n", "Choices per request.", CHOICE_BUCKETS)
+        self._params_max_tokens = self._histogram(
+            "vllm:request_params_max_tokens", "max_tokens per request.", TOKEN_BUCKETS
+        )
+
+    def _make_time_histograms(self) -> None:
+        self._first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
+        )
+        self._inter_token = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between tokens of a sequence.", INTER_TOKEN_BUCKETS
+        )
+        self._e2e = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end.", REQUEST_BUCKETS
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step.", REQUEST_BUCKETS
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds", "From the first step to the last token.", REQUEST_BUCKETS
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "From the first step to the first token.", REQUEST_BUCKETS
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last.", REQUEST_BUCKETS
+        )

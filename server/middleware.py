@@ -1,0 +1,136 @@
+"""What surrounds every request: its id, its count, its log line, a last resort, and the body limit.
+
+Pure ASGI: nothing here buffers a body or a stream. From the outside in:
+CallMiddleware > CORS > ApiKeyMiddleware > BodyLimitMiddleware > routes.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from server import logs
+from server.errors import INTERNAL, ApiError, error_response
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from server.metrics import Metrics
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+CLIENT_LEFT = 499  # in the log and the metrics; nobody receives it
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+QUIET_PATHS = frozenset({"/health", "/live", "/metrics"})  # logged at debug level: probes come every second
+UNROUTED_PATHS = frozenset({"/docs", "/openapi.json"})  # routes that leave no template in the scope
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request as the log sees it; routes add fields."""
+
+    request_id: str
+    status: int = CLIENT_LEFT
+    started: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def call_of(request: Request) -> Call:
+    call: Call = request.state.call
+    return call
+
+
+class CallMiddleware:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        call = Call(_request_id(scope))
+        scope.setdefault("state", {})["call"] = call
+        began = time.monotonic()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                call.started, call.status = True, message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", call.request_id.encode())]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            logs.logger.exception("request failed", extra={"fields": {"request": call.request_id}})
+            if not call.started:
+                await error_response(INTERNAL)(scope, receive, send_with_id)
+        finally:
+            self._record(scope, call, time.monotonic() - began)
+
+    def _record(self, scope: Scope, call: Call, seconds: float) -> None:
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.count_http(_template(scope), method, call.status)
+        level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+        path = logs.sanitise(scope["path"])
+        fields = {"status": call.status, "seconds": round(seconds, 4), **call.fields}
+        logs.log(level, "request", request=call.request_id, method=method, path=path, **fields)
+
+
+class BodyLimitMiddleware:
+    """Refuses a body over the limit: by its announced length at once, else while it is arriving."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if _announced_length(scope) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            if message["type"] == "http.request":
+                received += len(message.get("body", b""))
+                if received > self._max_bytes:
+                    raise self._too_large()
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        message = f"The body is larger than {self._max_bytes} bytes."
+        return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+
+def _announced_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() and len(value) < 20 else 2**63
+    return 0
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id if it is short and plain, else a fresh one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
+            return bytes(value).decode()
+    return uuid.uuid4().hex
+
+
+def _template(scope: Scope) -> str:
+    """The route's template, so that the number of label values is the number of routes."""
+    path = getattr(scope.get("route"), "path", None)
+    if isinstance(path, str):
+        return path
+    return scope["path"] if scope["path"] in UNROUTED_PATHS else "other"

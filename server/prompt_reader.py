@@ -1,0 +1,149 @@
+"""From what a request carries (text, ids, messages) to checked token ids. Runs in a worker thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from server.errors import ApiError, invalid
+from server.prompt import TemplateError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from server.config import ServerConfig
+    from server.prompt import ChatTemplate
+    from server.tokenizer import Tokenizer
+    from server.wire.requests import ChatMessage, ChatRequest, TokenizeRequest
+
+RawPrompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is what the client sent, or what the template made; None when the client sent ids."""
+
+    ids: tuple[int, ...]
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReader:
+    """Turns raw prompts into ids within the model's limits. Raises ApiError (400)."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    limits: ServerConfig
+    max_model_len: int
+    vocab_size: int
+    template_source: str = ""
+
+    def read(self, raw: RawPrompt, param: str, *, add_special: bool) -> Prompt:
+        if isinstance(raw, str):
+            self._check_chars(raw, param)
+            prompt = Prompt(tuple(self.tokenizer.encode(raw, special=add_special)), raw)
+        else:
+            self._check_length(len(raw), param)
+            check_token_ids(raw, self.vocab_size, param)
+            prompt = Prompt(tuple(raw), None)
+        if not prompt.ids:
+            raise invalid("The prompt is empty.", param, "empty_prompt")
+        self._check_length(len(prompt.ids), param)
+        return prompt
+
+    def read_chat(self, body: ChatRequest) -> Prompt:
+        generation_prompt, continued = body.add_generation_prompt, body.continue_final_message or False
+        text = self.render(
+            body.messages,
+            add_generation_prompt=not continued if generation_prompt is None else generation_prompt,
+            continue_final_message=continued,
+            documents=body.documents,
+            kwargs=body.chat_template_kwargs,
+        )
+        return self.read(text, "messages", add_special=body.add_special_tokens or False)
+
+    def read_tokenize(self, body: TokenizeRequest) -> list[int]:
+        """The ids of /tokenize, which may be longer than the model's context."""
+        text, special = body.prompt, body.add_special_tokens
+        if body.messages is not None:
+            text = self.render(body.messages, add_generation_prompt=body.add_generation_prompt is not False)
+            special = special or False
+        assert text is not None
+        if len(text) > self.limits.max_tokenize_chars:
+            sizes = f"{len(text)} characters; at most {self.limits.max_tokenize_chars} are tokenised"
+            raise invalid(f"The text has {sizes}.", "prompt", "text_too_long")
+        return self.tokenizer.encode(text, special=special is not False)
+
+    def render(self, messages: Sequence[ChatMessage], **options: Any) -> str:
+        if self.template is None:
+            raise invalid("The model has no chat template; use /v1/completions.", "messages")
+        try:
+            return self.template.render([self._as_dict(message) for message in messages], **options)
+        except TemplateError as error:
+            raise invalid(f"The chat template cannot render these messages: {error}", "messages") from None
+
+    def _as_dict(self, message: ChatMessage) -> dict[str, Any]:
+        fields = message.model_dump(exclude_unset=True)
+        fields["content"] = message.content or ""
+        # OpenAI renamed the role; most templates know it by its old name only
+        if message.role == "developer" and "developer" not in self.template_source:
+            fields["role"] = "system"
+        return fields
+
+    def _check_chars(self, text: str, param: str) -> None:
+        most = self.max_model_len * self.limits.max_chars_per_token
+        if len(text) > most:
+            message = (
+                f"The prompt has {len(text)} characters, which cannot fit into the model's "
+                f"{self.max_model_len} tokens."
+            )
+            raise invalid(message, param, "context_length_exceeded")
+
+    def _check_length(self, num_tokens: int, param: str) -> None:
+        if num_tokens >= self.max_model_len:
+            raise context_exceeded(num_tokens, 1, self.max_model_len, param)
+
+
+def context_exceeded(num_prompt: int, num_output: int, max_model_len: int, param: str) -> ApiError:
+    message = (
+        f"This model's maximum context length is {max_model_len} tokens. The request asks for "
+        f"{num_prompt + num_output}: {num_prompt} in the prompt and at least {num_output} in the output."
+    )
+    return invalid(message, param, "context_length_exceeded")
+
+
+def split_prompts(value: Any, max_prompts: int) -> list[RawPrompt]:
+    """OpenAI's four shapes of `prompt`, by the first element; the elements themselves are typed here."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise invalid(
+            "prompt: must be a string, a list of strings, token ids or lists of token ids", "prompt"
+        )
+    if not value:
+        raise invalid("The prompt is empty.", "prompt", "empty_prompt")
+    if type(value[0]) is int:
+        _check_ids(value, "prompt")
+        return [value]
+    if len(value) > max_prompts:
+        raise invalid(f"The request has {len(value)} prompts; at most {max_prompts} are taken.", "prompt")
+    for position, item in enumerate(value):
+        if type(item) is not type(value[0]) or not isinstance(item, str | list):
+            raise invalid("must be a string or a list of token ids, all alike", f"prompt.{position}")
+        if isinstance(item, list):
+            _check_ids(item, f"prompt.{position}")
+    return value
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Ids beyond the logits' width would read and write other sequences' memory."""
+    for token in (min(ids), max(ids)) if ids else ():
+        if not 0 <= token < vocab_size:
+            message = f"Token id {str(token)[:20]} is out of range: the vocabulary has {vocab_size} entries."
+            raise invalid(message, param, "token_id_out_of_range")
+
+
+def _check_ids(ids: list[Any], param: str) -> None:
+    # set(map(type)) runs at C speed; bool is refused although it is an int
+    if set(map(type, ids)) - {int}:
+        raise invalid("must hold integers only", param)

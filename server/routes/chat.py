@@ -1,0 +1,195 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.delivery import usage_of
+from server.errors import invalid
+from server.logprobs import chat_logprobs, prompt_logprobs
+from server.openapi import described
+from server.routes.generation import answer, name_ignored, stream
+from server.service import Job, Service, new_id
+from server.streams import Delta, Generation
+from server.wire.body import read_body
+from server.wire.requests import ChatRequest
+from server.wire.responses import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChunkChoice, Message
+from server.wire.responses import Delta as WireDelta
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from server.config import ServerConfig
+
+
+def chat_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", **described(ChatRequest, ChatCompletion))
+    async def create_chat_completion(request: Request) -> Response:
+        body = await read_body(request, ChatRequest)
+        service.check(body)
+        _check(body, service.config.server)
+        headers = name_ignored(request, body)
+        generation = await service.generate(_job(body))
+        view = ChatView(service, body, generation)
+        if body.stream:
+            return stream(request, service, generation, view.chunks_of, view.last, headers)
+        return await answer(request, service, generation, view.whole, headers)
+
+    return router
+
+
+def _check(body: ChatRequest, limits: ServerConfig) -> None:
+    if len(body.messages) > limits.max_messages:
+        message = f"The request has {len(body.messages)} messages; at most {limits.max_messages} are taken."
+        raise invalid(message, "messages")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+    if body.top_logprobs is not None and body.top_logprobs > limits.max_logprobs:
+        message = f"top_logprobs is {body.top_logprobs}; at most {limits.max_logprobs} is taken."
+        raise invalid(message, "top_logprobs")
+    if _max_tokens(body) == 0:
+        raise invalid("must be at least 1.", _max_tokens_param(body))
+    if body.add_generation_prompt and body.continue_final_message:
+        message = "continue_final_message and add_generation_prompt exclude each other."
+        raise invalid(message, "continue_final_message")
+    _refuse_unsupported(body)
+
+
+def _refuse_unsupported(body: ChatRequest) -> None:
+    if body.response_format is not None and body.response_format.type != "text":
+        raise invalid("response_format: only the type 'text' is supported.", "response_format.type")
+    if body.tools:
+        raise invalid("tools are not supported.", "tools")
+    if body.tool_choice not in (None, "none", "auto"):
+        raise invalid("tool_choice: tools are not supported; only 'none' is.", "tool_choice")
+    if body.functions:
+        raise invalid("functions are not supported.", "functions")
+    if body.function_call not in (None, "none", "auto"):
+        raise invalid("function_call: functions are not supported; only 'none' is.", "function_call")
+
+
+def _max_tokens_param(body: ChatRequest) -> str:
+    return "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+
+
+def _max_tokens(body: ChatRequest) -> int | None:
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+def _job(body: ChatRequest) -> Job:
+    return Job(
+        id=new_id("chatcmpl"),
+        body=body,
+        num_prompts=1,
+        num_choices=body.n or 1,
+        read_prompts=lambda reader: [reader.read_chat(body)],
+        max_tokens=_max_tokens(body),
+        default_max_tokens=None,
+        max_tokens_param=_max_tokens_param(body),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+@dataclass(slots=True)
+class ChatView:
+    """The deltas of one request as OpenAI's chat completions."""
+
+    service: Service
+    body: ChatRequest
+    generation: Generation
+    id: str = ""
+    created_s: int = 0
+    begun: set[int] = field(default_factory=set)  # choices that have said their role
+
+    def __post_init__(self) -> None:
+        self.id = self.generation.requests[0].request_id.rpartition("-")[0]
+        self.created_s = int(time.time())
+
+    def whole(self, folded: list[Delta]) -> ChatCompletion:
+        completion = ChatCompletion(
+            id=self.id,
+            created=self.created_s,
+            model=self.service.model_name,
+            system_fingerprint=self.service.fingerprint,
+            choices=[self._choice(delta) for delta in folded],
+            usage=usage_of(self.generation),
+        )
+        if self.body.return_token_ids:
+            completion.prompt_token_ids = self._prompt_ids()
+        if self.body.prompt_logprobs is not None:
+            completion.prompt_logprobs = prompt_logprobs(
+                self.service.tokenizer, self.generation.prompt_logprobs[0], self.body.prompt_logprobs
+            )
+        return completion
+
+    def chunks_of(self, delta: Delta) -> Iterator[ChatChunk]:
+        if delta.index not in self.begun:
+            self.begun.add(delta.index)
+            yield self._first_chunk(delta.index)
+        if not (delta.text or delta.pieces or delta.finish is not None):
+            return
+        choice = ChunkChoice(
+            index=delta.index,
+            delta=WireDelta(content=delta.text or None),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish,
+        )
+        if delta.finish is not None:
+            choice.stop_reason = delta.stop_reason
+        if self.body.return_token_ids:
+            choice.token_ids = [piece.token for piece in delta.pieces]
+        yield self._chunk([choice], **self._stream_usage())
+
+    def last(self) -> Iterator[ChatChunk]:
+        if self._stream_usage():
+            yield self._chunk([], usage=usage_of(self.generation))
+
+    def _first_chunk(self, index: int) -> ChatChunk:
+        role = ChunkChoice(index=index, delta=WireDelta(role="assistant", content=""))
+        chunk = self._chunk([role], **self._stream_usage())
+        if self.body.return_token_ids:
+            chunk.prompt_token_ids = self._prompt_ids()
+        return chunk
+
+    def _chunk(self, choices: list[ChunkChoice], **usage: Any) -> ChatChunk:
+        return ChatChunk(
+            id=self.id,
+            created=self.created_s,
+            model=self.service.model_name,
+            system_fingerprint=self.service.fingerprint,
+            choices=choices,
+            **usage,
+        )
+
+    def _stream_usage(self) -> dict[str, None]:
+        options = self.body.stream_options
+        return {"usage": None} if options is not None and options.include_usage else {}
+
+    def _choice(self, delta: Delta) -> ChatChoice:
+        choice = ChatChoice(
+            index=delta.index,
+            message=Message(content=delta.text),
+            logprobs=self._logprobs(delta),
+            finish_reason=delta.finish or "abort",
+            stop_reason=delta.stop_reason,
+        )
+        if self.body.return_token_ids:
+            choice.token_ids = [piece.token for piece in delta.pieces]
+        return choice
+
+    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(self.service.tokenizer, delta.pieces, self.body.top_logprobs or 0)
+
+    def _prompt_ids(self) -> list[int]:
+        return list(self.generation.requests[0].prompt_ids)

@@ -1,0 +1,85 @@
+"""What the two generating routes share: ignored fields, the log's fields, and delivery."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.responses import Response
+
+from server import logs
+from server.delivery import ClientLeft, EventStream, collect, json_response, unless_client_leaves
+from server.middleware import call_of
+from server.wire.body import ignored_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from starlette.requests import Request
+
+    from server.service import Service
+    from server.streams import Delta, Generation
+    from server.wire.fields import GenerationFields
+
+MAX_IGNORED_CHARS = 400
+CLIENT_LEFT = Response(status_code=499)  # nobody reads it
+
+
+def name_ignored(request: Request, body: GenerationFields) -> dict[str, str]:
+    """The header that names fields which mean nothing here, and one log line."""
+    names = ignored_fields(body)
+    if body.stream_options is not None:
+        names += [f"stream_options.{name}" for name in ignored_fields(body.stream_options)]
+    if not names:
+        return {}
+    shown = logs.sanitise(",".join(names), MAX_IGNORED_CHARS)
+    header = "".join(char if char.isascii() else "?" for char in shown)
+    logs.log(logging.WARNING, "ignored fields", request=call_of(request).request_id, fields=header)
+    return {"x-octavo-ignored-fields": header}
+
+
+async def answer(
+    request: Request,
+    service: Service,
+    generation: Generation,
+    whole: Callable[[list[Delta]], object],
+    headers: dict[str, str],
+) -> Response:
+    """Wait for the end, or for the client to leave."""
+    try:
+        folded = await unless_client_leaves(request.receive, collect(generation))
+        return json_response(whole(folded), headers)
+    except ClientLeft:
+        return CLIENT_LEFT
+    finally:
+        finish(request, service, generation)
+
+
+def stream(
+    request: Request,
+    service: Service,
+    generation: Generation,
+    chunks_of: Callable[[Delta], Iterable[object]],
+    last: Callable[[], Iterable[object]],
+    headers: dict[str, str],
+) -> Response:
+    return EventStream(
+        generation,
+        chunks_of,
+        last,
+        release=lambda: finish(request, service, generation),
+        keep_alive_s=service.config.server.sse_keep_alive_s,
+        headers=headers,
+    )
+
+
+def finish(request: Request, service: Service, generation: Generation) -> None:
+    """Free everything, and say in the request's log line what it was."""
+    service.release(generation)
+    call_of(request).fields |= {
+        "id": generation.requests[0].request_id.rpartition("-")[0],
+        "prompt_tokens": sum(len(piece.prompt_ids) for piece in generation.requests),
+        "cached_tokens": generation.num_cached,
+        "output_tokens": generation.num_output_tokens,
+        "finish": ",".join(sorted({reader.finish or "abort" for reader in generation.readers})),
+    }

@@ -1,0 +1,29 @@
+"""GET /v1/models and /v1/models/{id}."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from server.delivery import json_response
+from server.openapi import described
+from server.service import Service
+from server.wire.responses import Model, ModelList
+
+
+def models_router(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    def served() -> Model:
+        return Model(id=service.model_name, created=service.created_s, max_model_len=service.max_model_len)
+
+    @router.get("/v1/models", **described(None, ModelList))
+    async def list_models() -> Response:
+        return json_response(ModelList(data=[served()]))
+
+    @router.get("/v1/models/{model_id:path}", **described(None, Model))
+    async def get_model(model_id: str) -> Response:
+        service.check_model(model_id)
+        return json_response(served())
+
+    return router

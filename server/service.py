@@ -1,0 +1,318 @@
+"""What the routes use: the model's text side, the engine, admission and metrics, composed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from scheduler.types import Request
+from server import logs
+from server.admission import Admission
+from server.errors import ApiError, unavailable
+from server.metrics import Metrics
+from server.prompt_reader import PromptReader
+from server.sampling import SamplingDefaults, base_sampling, check_limits, check_max_tokens, fit_max_tokens
+from server.streams import Generation, TextOptions
+from server.version import octavo_version
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.checkpoint import Checkpoint
+    from engine.client import EngineClient
+    from engine.messages import Ready, StepOutput
+    from scheduler.types import SamplingParams
+    from server.config import Config
+    from server.prompt import ChatTemplate
+    from server.prompt_reader import Prompt
+    from server.tokenizer import Tokenizer
+    from server.wire.fields import GenerationFields
+
+T = TypeVar("T")
+
+NOT_READY_RETRY_S = 2
+DRAIN_GRACE_S = 1.0  # what cut streams get to send their last words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a route asks for, in terms that completions and chat share."""
+
+    id: str
+    body: GenerationFields
+    num_prompts: int
+    num_choices: int  # per prompt
+    read_prompts: Callable[[PromptReader], list[Prompt]]  # runs in a worker thread
+    max_tokens: int | None
+    default_max_tokens: int | None  # None = all that fits
+    max_tokens_param: str
+    logprobs: int | None
+    prompt_logprobs: int | None = None
+    discard_output: bool = False
+
+
+@dataclass
+class Service:
+    config: Config
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    checkpoint: Checkpoint
+    client: EngineClient
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+
+    def __post_init__(self) -> None:
+        server, scheduler = self.config.server, self.config.engine.scheduler
+        self.model_name = server.served_model_name or self.checkpoint.name
+        self.version = octavo_version()
+        self.created_s = int(time.time())
+        self.metrics = Metrics(self.model_name)
+        self.admission = Admission(scheduler.max_queued_requests + scheduler.max_num_seqs)
+        self._threads = anyio.CapacityLimiter(server.num_text_threads)
+        self._active: set[Generation] = set()
+        self._known_ready: Ready | None = None
+        self._last_step_s = 0.0
+        self._fingerprint = ""
+        self.client.on_step = self._on_step
+
+    # State
+
+    @property
+    def max_model_len(self) -> int:
+        ready = self.client.ready
+        return ready.max_model_len if ready else self.checkpoint.transformer.max_positions
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that are both in the tokeniser and in the logits."""
+        ready = self.client.ready
+        return min(self.tokenizer.vocab_size, ready.vocab_size) if ready else self.tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the same seed may give another text."""
+        ready = self.client.ready
+        if not self._fingerprint and ready is not None:
+            parts = (self.version, self.model_name, ready.dtype, ready.device)
+            self._fingerprint = "fp_" + hashlib.blake2b("|".join(parts).encode(), digest_size=6).hexdigest()
+        return self._fingerprint
+
+    def why_not_ready(self) -> str | None:
+        """One phrase, or None when requests are served."""
+        if self.admission.draining:
+            return "draining"
+        if self.client.ready is None:
+            return "loading"
+        return "stalled" if self._is_stalled() else None
+
+    def _is_stalled(self) -> bool:
+        """Work is queued and no step came for too long."""
+        if not self.admission.in_flight:
+            return False
+        since = max(self._last_step_s, self.admission.busy_since_s)
+        return time.monotonic() - since > self.config.server.engine_stall_timeout_s
+
+    def check_ready(self) -> None:
+        """Raise the 503 if work cannot be taken."""
+        reason = self.why_not_ready()
+        if reason == "loading":
+            raise unavailable("The model is loading.", NOT_READY_RETRY_S, "loading")
+        if reason == "stalled":
+            raise unavailable("The engine makes no progress.", NOT_READY_RETRY_S, "stalled")
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name != self.model_name:
+            shown = logs.sanitise(name)
+            message = f"The model '{shown}' does not exist; this server serves '{self.model_name}'."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def prompt_reader(self) -> PromptReader:
+        return PromptReader(
+            tokenizer=self.tokenizer,
+            template=self.template,
+            limits=self.config.server,
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            template_source=self.checkpoint.chat_template or "",
+        )
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Tokenising and rendering never run on the event loop."""
+        return await anyio.to_thread.run_sync(work, limiter=self._threads)
+
+    # Work
+
+    def check(self, body: GenerationFields) -> None:
+        """All that can be refused before anything costs: readiness, model, limits."""
+        self.check_ready()
+        self.check_model(body.model)
+        check_limits(body, self.config.server, self.vocab_size)
+
+    async def generate(self, job: Job) -> Generation:
+        """Admit, tokenise and submit. The caller must `release` what it gets. Raises ApiError."""
+        check_max_tokens(job.body, job.max_tokens, job.max_tokens_param)
+        arrival_s = time.monotonic()
+        ticket = self.admission.reserve(job.num_prompts * job.num_choices)
+        try:
+            prompts, sampling = await self.in_thread(lambda: self._prepare(job))
+            self.check_ready()
+            generation = Generation(
+                self._requests(job, prompts, sampling, arrival_s),
+                self._text_options(job),
+                client=self.client,
+                tokenizer=self.tokenizer,
+                metrics=self.metrics,
+                ticket=ticket,
+                keep_text=self.config.server.log_prompts,
+            )
+        except BaseException:
+            ticket.close()
+            raise
+        self._active.add(generation)
+        generation.start()
+        self._log_prompts(job, prompts)
+        return generation
+
+    def release(self, generation: Generation) -> None:
+        generation.close()
+        self._active.discard(generation)
+        for index, text in generation.texts.items():
+            logs.info("output", request=generation.requests[0].request_id, index=index, text=text)
+
+    def _prepare(self, job: Job) -> tuple[list[Prompt], SamplingParams]:
+        prompts = job.read_prompts(self.prompt_reader())
+        sampling = base_sampling(
+            job.body,
+            self.defaults,
+            self.tokenizer,
+            tuple(self.checkpoint.eos_token_ids),
+            self.vocab_size,
+            logprobs=job.logprobs,
+            prompt_logprobs=job.prompt_logprobs,
+        )
+        return prompts, sampling
+
+    def _requests(
+        self, job: Job, prompts: list[Prompt], sampling: SamplingParams, arrival_s: float
+    ) -> list[Request]:
+        body = job.body
+        requests = []
+        for number, prompt in enumerate(prompts):
+            max_tokens = fit_max_tokens(
+                job.max_tokens,
+                job.default_max_tokens,
+                len(prompt.ids),
+                self.max_model_len,
+                job.max_tokens_param,
+            )
+            requests.append(
+                Request(
+                    request_id=f"{job.id}-{number}",
+                    prompt_ids=prompt.ids,
+                    sampling=replace(
+                        sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens)
+                    ),
+                    num_choices=job.num_choices,
+                    arrival_s=arrival_s,
+                    deadline_s=self._deadline_s(arrival_s, body.timeout_s),
+                    priority=body.priority or 0,
+                    tenant=body.user or "",
+                    cache_salt=body.cache_salt or "",
+                )
+            )
+        return requests
+
+    def _deadline_s(self, arrival_s: float, asked_s: float | None) -> float | None:
+        waits = [wait for wait in (self.config.server.request_timeout_s, asked_s) if wait]
+        return arrival_s + min(waits) if waits else None
+
+    def _text_options(self, job: Job) -> TextOptions:
+        body = job.body
+        return TextOptions(
+            stops=tuple(body.stop or ()),
+            include_stop=body.include_stop_str_in_output or False,
+            skip_special=body.skip_special_tokens is not False,
+            min_tokens=body.min_tokens or 0,
+            eos_token_ids=frozenset(self.checkpoint.eos_token_ids),
+            discard_output=job.discard_output,
+        )
+
+    def _log_prompts(self, job: Job, prompts: list[Prompt]) -> None:
+        if self.config.server.log_prompts:
+            for number, prompt in enumerate(prompts):
+                text = self.tokenizer.decode(list(prompt.ids), skip_special=False)
+                logs.info("prompt", request=f"{job.id}-{number}", text=text)
+
+    # The process
+
+    def _on_step(self, step: StepOutput) -> None:
+        self.note_ready()
+        self._last_step_s = time.monotonic()
+        self.metrics.on_step(step)
+
+    def note_ready(self) -> None:
+        """Tell the metrics of an engine that was not there before."""
+        ready = self.client.ready
+        if ready is not None and ready is not self._known_ready:
+            self._known_ready = ready
+            self.metrics.on_ready(ready)
+
+    async def drain(self) -> None:
+        """Take no new work, let what runs end, and after drain_timeout_s end it with an error."""
+        self.admission.draining = True
+        timeout_s = self.config.server.drain_timeout_s
+        logs.info("draining", sequences=self.admission.in_flight, timeout_s=timeout_s)
+        if await self._idle_within(timeout_s):
+            return
+        logs.log(logging.WARNING, "drain timeout", sequences=self.admission.in_flight)
+        self.stop_now()
+        await self._idle_within(DRAIN_GRACE_S)
+
+    def stop_now(self) -> None:
+        """End whatever runs with an error."""
+        self.admission.draining = True
+        for generation in list(self._active):
+            generation.fail(unavailable("The server is shutting down.", 5, "draining"))
+
+    async def _idle_within(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.admission.wait_idle()
+        except TimeoutError:
+            return False
+        return True
+
+    async def report_throughput(self, interval_s: float = 10.0) -> None:
+        """A line per interval in which tokens were computed. Runs until cancelled."""
+        prompt = output = 0
+        while True:
+            await asyncio.sleep(interval_s)
+            totals = self.metrics.totals
+            new_prompt, new_output = totals.prompt_tokens - prompt, totals.generation_tokens - output
+            prompt, output = totals.prompt_tokens, totals.generation_tokens
+            if new_prompt or new_output or self.admission.in_flight:
+                self._report(new_prompt / interval_s, new_output / interval_s)
+
+    def _report(self, prompt_rate: float, output_rate: float) -> None:
+        stats = self.metrics.totals.stats
+        logs.info(
+            "throughput",
+            prompt_tokens_per_s=round(prompt_rate, 1),
+            output_tokens_per_s=round(output_rate, 1),
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+            kv_used=round(stats.num_pages_held / max(1, stats.num_pages), 3),
+            prefix_hits=round(stats.prefix_hit_tokens / max(1, stats.prefix_query_tokens), 3),
+            preemptions=stats.num_preemptions,
+        )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"

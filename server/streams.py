@@ -1,0 +1,293 @@
+"""From the engine's tokens to text: one mailbox per request, one merging slot and one reader per choice.
+
+The sink only merges; everything that costs time happens in the consumer. So a slow client costs at
+most its own max_tokens, and what a choice says does not depend on how its tokens were bundled: the
+reader goes token by token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from scheduler.types import FinishReason
+from server.detokenizer import IncrementalDetokenizer
+from server.errors import ApiError
+from server.stops import StopMatcher
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from engine.client import EngineClient
+    from engine.messages import SequenceOutput, TokenLogprobs
+    from scheduler.types import Request
+    from server.admission import Ticket
+    from server.metrics import Metrics
+    from server.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextOptions:
+    """How the tokens of a request become text."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    min_tokens: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+    discard_output: bool = False  # only the prompt is scored; the one token computed is not shown
+
+
+class Piece(NamedTuple):
+    """A token and the offset of its text in the text of its choice."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    start: int
+
+
+@dataclass(slots=True)
+class Delta:
+    """News of one choice. `index` counts over all prompts of the HTTP request."""
+
+    index: int
+    text: str = ""
+    pieces: list[Piece] = field(default_factory=list)
+    finish: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Slot:
+    """What arrived for one choice and was not read yet."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish: FinishReason | None = None
+    stop_token: int | None = None
+
+    def merge(self, output: SequenceOutput) -> None:
+        self.tokens.extend(output.tokens)
+        self.logprobs.extend(output.logprobs or ())
+        self.finish = output.finish
+        self.stop_token = output.stop_token
+
+
+class ChoiceReader:
+    """Detokenises one choice, stops at its stop strings, and keeps tokens aligned with the text."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
+        self.index = index
+        self.num_tokens = 0
+        self.finish: str | None = None
+        self._options = options
+        self._detokenizer = IncrementalDetokenizer(tokenizer, options.skip_special)
+        self._stops = StopMatcher(options.stops, options.include_stop)
+        self._matched: str | None = None
+        self._held: deque[Piece] = deque()  # tokens whose text is not out yet
+        self._num_chars = 0  # detokenised
+        self._num_emitted = 0
+
+    def read(self, slot: Slot) -> Delta:
+        """Consume the slot. Sets `finish` when the choice is over, be it before the slot's last token."""
+        delta = Delta(self.index)
+        if self._options.discard_output:
+            if slot.finish is not None:
+                ended_well = slot.finish in (FinishReason.STOP, FinishReason.LENGTH)
+                self.finish = delta.finish = "length" if ended_well else slot.finish.value
+            return delta
+        text = self._read_tokens(slot)
+        if self._matched is not None:
+            self.finish, delta.stop_reason = "stop", self._matched
+        elif slot.finish is not None:
+            text += self._flush()
+            matched = self._matched
+            self.finish = "stop" if matched is not None else slot.finish.value
+            delta.stop_reason = matched if matched is not None else self._stop_id(slot)
+        delta.text, delta.finish = text, self.finish
+        delta.pieces = self._release(everything=self.finish is not None and self._matched is None)
+        return delta
+
+    def _read_tokens(self, slot: Slot) -> str:
+        text = ""
+        last = len(slot.tokens) - 1
+        for place, token in enumerate(slot.tokens):
+            logprobs = slot.logprobs[place] if slot.logprobs else None
+            self._held.append(Piece(token, logprobs, self._num_chars))
+            self.num_tokens += 1
+            stopping = slot.stop_token is not None and place == last
+            if not stopping or self._options.include_stop:
+                text += self._emit(self._detokenizer.push((token,)))
+            if self._matched is not None:
+                break
+        return text
+
+    def _emit(self, piece: str) -> str:
+        """The part of the new text that may be shown now."""
+        self._num_chars += len(piece)
+        if self._options.stops and self.num_tokens > self._options.min_tokens:
+            piece, self._matched = self._stops.push(piece)
+        self._num_emitted += len(piece)
+        return piece
+
+    def _flush(self) -> str:
+        text = self._emit(self._detokenizer.flush())
+        rest = self._stops.flush() if self._matched is None else ""
+        self._num_emitted += len(rest)
+        return text + rest
+
+    def _release(self, *, everything: bool) -> list[Piece]:
+        """Tokens whose text began to show. After a stop string, those behind the cut never do."""
+        held, released = self._held, []
+        while held and (everything or held[0].start < self._num_emitted):
+            released.append(held.popleft())
+        return released
+
+    def _stop_id(self, slot: Slot) -> int | None:
+        return None if slot.stop_token in self._options.eos_token_ids else slot.stop_token
+
+
+class Generation:
+    """The sequences of one HTTP request, from submission to the last word of each.
+
+    Choice j of prompt i has index i * num_choices + j. Whoever creates one must `close` it, whatever
+    happens: that frees the pages and the places.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        options: TextOptions,
+        *,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        ticket: Ticket,
+        keep_text: bool = False,
+    ) -> None:
+        self.requests = requests
+        self.num_choices = requests[0].num_choices
+        self.readers = [
+            ChoiceReader(index, tokenizer, options) for index in range(len(requests) * self.num_choices)
+        ]
+        self.prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
+        self.num_cached = 0
+        self.texts: dict[int, str] = {}  # what each choice said, if it shall be kept for the log
+        self._keep_text = keep_text
+        self._numbers = {request.request_id: number for number, request in enumerate(requests)}
+        self._cached_known: set[int] = set()
+        self._slots: dict[int, Slot] = {}
+        self._unfinished = len(self.readers)
+        self._news = asyncio.Event()
+        self._failure: ApiError | None = None
+        self._client, self._metrics, self._ticket = client, metrics, ticket
+        self._closed = False
+
+    def start(self) -> None:
+        for request in self.requests:
+            self._metrics.begin(request)
+            self._client.submit(request, self.receive)
+
+    def receive(self, output: SequenceOutput) -> None:
+        """The engine's sink: merge and wake the consumer."""
+        if self._closed:
+            return
+        number = self._numbers[output.request_id]
+        index = number * self.num_choices + output.index
+        if output.prompt_logprobs:
+            self.prompt_logprobs[number].extend(output.prompt_logprobs)
+        if output.tokens and number not in self._cached_known:
+            self._cached_known.add(number)
+            self.num_cached += output.num_cached
+        if self.readers[index].finish is None:
+            self._slots.setdefault(index, Slot()).merge(output)
+        if output.finish is not None:
+            self._metrics.finish(output.request_id, output.index, output.finish.value)
+            self._ticket.release_one()
+        if output.finish is FinishReason.ERROR:
+            message = f"The engine could not compute the request: {output.error or 'no cause given'}"
+            self.fail(ApiError(500, message, code="engine_error"))
+        self._news.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error, which `deltas` raises."""
+        self._failure = self._failure or error
+        self._news.set()
+
+    async def deltas(self, silence_s: float = 0.0) -> AsyncIterator[list[Delta]]:
+        """News until every choice has ended; an empty list after each silence. Raises ApiError."""
+        while self._unfinished:
+            silent = await self._wait(silence_s)
+            if self._failure is not None:
+                raise self._failure
+            deltas = self._read()
+            if deltas or silent:
+                yield deltas
+
+    def close(self) -> None:
+        """Drop whatever still runs. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in self.requests:
+            self._client.abort(request.request_id)
+            self._metrics.end(request.request_id)
+        self._ticket.close()
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(reader.num_tokens for reader in self.readers)
+
+    async def _wait(self, silence_s: float) -> bool:
+        """Sleep until there is news or the deadline passed; True if it was silent for `silence_s`."""
+        deadline_s = self.requests[0].deadline_s
+        until_deadline = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+        waits = [wait for wait in (silence_s or None, until_deadline) if wait is not None]
+        try:
+            async with asyncio.timeout(min(waits, default=None)):
+                await self._news.wait()
+        except TimeoutError:
+            if deadline_s is not None and time.monotonic() >= deadline_s:
+                self._expire()
+            return True
+        self._news.clear()
+        return False
+
+    def _expire(self) -> None:
+        """The deadline holds even if the engine is stuck."""
+        for reader in self.readers:
+            if reader.finish is None:
+                slot = self._slots.setdefault(reader.index, Slot())
+                slot.finish = slot.finish or FinishReason.DEADLINE
+                self._end_in_engine(reader.index, "deadline")
+
+    def _read(self) -> list[Delta]:
+        deltas = []
+        for index in [index for index in self._slots if self._prompt_is_scored(index)]:
+            reader, slot = self.readers[index], self._slots.pop(index)
+            delta = reader.read(slot)
+            if delta.finish is not None:
+                self._unfinished -= 1
+                if slot.finish is None:  # the stop string was found here: the engine does not know
+                    self._end_in_engine(index, "stop")
+            if self._keep_text:
+                self.texts[index] = self.texts.get(index, "") + delta.text
+            deltas.append(delta)
+        return deltas
+
+    def _end_in_engine(self, index: int, reason: str) -> None:
+        number, choice = divmod(index, self.num_choices)
+        request_id = self.requests[number].request_id
+        self._metrics.finish(request_id, choice, reason)
+        self._client.abort(request_id, choice)
+
+    def _prompt_is_scored(self, index: int) -> bool:
+        """Echoed logprobs come first, so a choice waits for those of its prompt, unless it ended."""
+        number = index // self.num_choices
+        request = self.requests[number]
+        if request.sampling.prompt_logprobs is None or self._slots[index].finish is not None:
+            return True
+        return len(self.prompt_logprobs[number]) >= len(request.prompt_ids) - 1

@@ -1,0 +1,88 @@
+"""Bodies of the requests, each with the rules that concern it alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from server.wire.body import WireModel
+from server.wire.fields import GenerationFields, TokenCount, TokenIds
+
+TEXT_SCHEMA = {"type": "string"}
+IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+PROMPT_SCHEMA = {
+    "anyOf": [
+        TEXT_SCHEMA,
+        {"type": "array", "items": TEXT_SCHEMA},
+        IDS_SCHEMA,
+        {"type": "array", "items": IDS_SCHEMA},
+    ]
+}
+PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": TEXT_SCHEMA},
+    "required": ["type", "text"],
+}
+CONTENT_SCHEMA = {"anyOf": [TEXT_SCHEMA, {"type": "array", "items": PART_SCHEMA}]}
+
+
+class CompletionRequest(GenerationFields):
+    # Kept as it came: lists of ids may be long, and `server.prompt_reader` checks them in one pass
+    prompt: Annotated[Any, WithJsonSchema(PROMPT_SCHEMA)]
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    logprobs: TokenCount | None = None
+
+
+def _text_of(content: Any) -> Any:
+    """A list of text parts as one string; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for position, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"part {position} is not a text part; this model reads text alone")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class ChatMessage(WireModel):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[str, BeforeValidator(_text_of), WithJsonSchema(CONTENT_SCHEMA)] | None = None
+
+
+class ResponseFormat(WireModel):
+    type: str
+
+
+class ChatRequest(GenerationFields):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool | None = None
+    top_logprobs: TokenCount | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeRequest(WireModel):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(WireModel):
+    model: str | None = None
+    tokens: TokenIds

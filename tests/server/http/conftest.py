@@ -1,0 +1,138 @@
+"""A real uvicorn on a free port around the fake engine; each test may start its own variant."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+import uvicorn
+
+from server.app import create_app
+from server.config import Config, ServerConfig
+from server.serve import HttpServer, bind, url_of
+from server.service import Service
+from tests.server.byte_tokenizer import EOS, ByteTokenizer
+from tests.server.fake_engine import FakeEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MODEL = "org/fake"
+
+
+class PlainTemplate:
+    """role: content, one message a line."""
+
+    def render(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **rest: Any
+    ) -> str:
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return "".join(lines) + ("assistant: " if add_generation_prompt else "")
+
+
+@dataclass
+class Running:
+    """A server in a thread of its own, and handles on what is inside."""
+
+    url: str
+    service: Service
+    engine: FakeEngine
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=10, **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.post(path, json=body, **options)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path, **options)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        response = self.post("/v1/completions", {"prompt": "hi", **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by `name{labels}`."""
+        lines = [line for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Run something on the server's loop."""
+
+        async def run() -> Any:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
+
+
+def make_service(engine: FakeEngine, tokenizer: ByteTokenizer | None = None, **settings: Any) -> Service:
+    config = Config(server=ServerConfig(**settings))
+    checkpoint = SimpleNamespace(
+        name=MODEL,
+        eos_token_ids=(EOS,),
+        bos_token_id=None,
+        chat_template="",
+        transformer=SimpleNamespace(max_positions=engine.max_model_len),
+    )
+    return Service(config, tokenizer or ByteTokenizer(), PlainTemplate(), checkpoint, engine)  # type: ignore[arg-type]
+
+
+@contextmanager
+def running(
+    engine: FakeEngine | None = None,
+    *,
+    start_engine: bool = True,
+    capacity: int | None = None,
+    tokenizer: ByteTokenizer | None = None,
+    **settings: Any,
+) -> Iterator[Running]:
+    started = threading.Event()
+    box: list[Running] = []
+    stop: list[Callable[[], None]] = []
+
+    async def main() -> None:
+        fake = engine or FakeEngine()
+        service = make_service(fake, tokenizer, **settings)
+        if capacity is not None:
+            service.admission.capacity = capacity
+        listener = bind("127.0.0.1", 0)
+        server = HttpServer(
+            uvicorn.Config(create_app(service), log_config=None, timeout_graceful_shutdown=1, ws="none")
+        )
+        if start_engine:
+            await fake.start()
+        box.append(Running(url_of(listener), service, fake, asyncio.get_running_loop()))
+        stop.append(lambda: setattr(server, "should_exit", True))
+        started.set()
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await fake.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    assert started.wait(10)
+    try:
+        yield box[0]
+    finally:
+        stop[0]()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Running]:
+    """The default server, shared by tests that leave nothing behind."""
+    with running() as shared:
+        yield shared
