@@ -6,24 +6,27 @@ engine for the weights.
 
 from __future__ import annotations
 
-import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from engine.models.config import TransformerConfig
 from engine.models.families import from_config_json, from_gguf
-from engine.weights import embedded, hub
+from engine.weights import embedded, folder_text, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.gguf import GGUFFile, read_gguf
-from engine.weights.json_files import read_json_object, read_text
+from engine.weights.json_files import read_json_object
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from engine.models.config import TransformerConfig
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointKind", "locate"]
 
-_GGUF_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# The words of chat templates, and what GGUF calls them.
+_GGUF_SPECIAL = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
 _MAX_ROPE_FACTORS = 1024
 
 
@@ -64,12 +67,12 @@ def locate(model: str, revision: str = "") -> Checkpoint:
         return _from_folder(path, path.resolve().name, str(path))
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path}: a file that is not .gguf; name the folder of a checkpoint instead")
+            raise CheckpointError(
+                f"{path}: a file that is not .gguf; name the folder of a checkpoint instead"
+            )
         return _from_gguf(path, path.stem, str(path))
     if path.suffix == ".gguf" or not hub.is_hub_name(model):
-        raise CheckpointError(
-            f"'{model}' is no folder, no .gguf file and no hub name of the form owner/name"
-        )
+        raise CheckpointError(f"'{model}' is no folder, no .gguf file and no hub name of the form owner/name")
     folder = hub.fetch(model, revision)
     return _from_folder(folder, model, str(folder))
 
@@ -90,8 +93,12 @@ def _default() -> Checkpoint:
 def _from_gguf(path: Path, name: str, source: str) -> Checkpoint:
     file = read_gguf(path)
     metadata = file.metadata
-    token_ids = {key: _id(metadata, f"tokenizer.ggml.{word}_token_id") for key, word in _GGUF_SPECIAL.items()}
-    ends = (token_ids["eos"], _id(metadata, "tokenizer.ggml.eot_token_id"))
+    token_ids = {
+        f"{word}_token": token
+        for word, key in _GGUF_SPECIAL.items()
+        for token in _ids(key, metadata.get(f"tokenizer.ggml.{key}_token_id"))
+    }
+    ends = [token_ids[word] for word in ("eos_token", "eot_token") if word in token_ids]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     template = metadata.get("tokenizer.chat_template")
     return Checkpoint(
@@ -101,8 +108,8 @@ def _from_gguf(path: Path, name: str, source: str) -> Checkpoint:
         kind=CheckpointKind.GGUF,
         transformer=_gguf_transformer(file),
         size_bytes=file.size_bytes,
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        bos_token_id=token_ids["bos"],
+        eos_token_ids=tuple(dict.fromkeys(ends)),
+        bos_token_id=token_ids.get("bos_token"),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         special_tokens=_gguf_special_tokens(metadata, token_ids),
         chat_template=template if isinstance(template, str) else None,
@@ -137,28 +144,22 @@ def _rope_factors(file: GGUFFile) -> tuple[float, ...]:
         return struct.unpack(f"<{info.shape[0]}f", data.read(info.num_bytes))
 
 
-def _gguf_special_tokens(metadata: Mapping[str, Any], token_ids: dict[str, int | None]) -> dict[str, str]:
+def _gguf_special_tokens(metadata: Mapping[str, Any], token_ids: dict[str, int]) -> dict[str, str]:
     texts = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(texts, tuple):
         return {}
-    return {
-        f"{key}_token": str(texts[token])
-        for key, token in token_ids.items()
-        if token is not None and token < len(texts)
-    }
+    return {word: str(texts[token]) for word, token in token_ids.items() if token < len(texts)}
 
 
 def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     config = read_json_object(folder / "config.json")
-    generation = _optional(folder / "generation_config.json")
-    tokenizer = _optional(folder / "tokenizer_config.json")
+    texts = folder_text.read(folder)
     try:
         transformer = from_config_json(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    ends = generation.get("eos_token_id")
-    add_bos = tokenizer.get("add_bos_token")
-    begin = _id(generation, "bos_token_id")
+    begin, ends = (texts.generation.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    end_ids = (*_ids("eos_token_id", ends), *texts.named_end_ids())
     return Checkpoint(
         name=name,
         source=source,
@@ -166,12 +167,21 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         kind=CheckpointKind.FOLDER,
         transformer=transformer,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-        eos_token_ids=_ids(config.get("eos_token_id") if ends is None else ends) + _named_end(tokenizer),
-        bos_token_id=_id(config, "bos_token_id") if begin is None else begin,
-        add_bos=add_bos if isinstance(add_bos, bool) else None,
-        special_tokens=_special_tokens(tokenizer),
-        chat_template=_folder_template(folder, tokenizer),
-        temperature=_number(generation, "temperature"),
-        top_p=_number(generation, "top_p"),
-        top_k=None if (top_k := _number(generation, "top_k")) is None else int(top_k),
+        eos_token_ids=tuple(dict.fromkeys(end_ids)),
+        bos_token_id=next(iter(_ids("bos_token_id", begin)), None),
+        add_bos=texts.add_bos(),
+        special_tokens=texts.special_tokens(),
+        chat_template=texts.chat_template(),
+        temperature=texts.default("temperature"),
+        top_p=texts.default("top_p"),
+        top_k=None if (top_k := texts.default("top_k")) is None else int(top_k),
     )
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    """Token ids written as nothing, one number or a list."""
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    for token in ids:
+        if type(token) is not int or token < 0:
+            raise CheckpointError(f"{name} = {str(value)[:80]} is not a token id")
+    return ids

@@ -17,6 +17,10 @@ logger = logging.getLogger("octavo.engine")
 MAX_FAILED_STEPS = 3  # in a row, before the engine gives up and is started again
 
 
+class RequestInvalid(ValueError):
+    """A request that would corrupt or crash a batch."""
+
+
 class EngineCore:
     """A scheduler and a runner. Not thread-safe: one loop owns it."""
 
@@ -40,7 +44,7 @@ class EngineCore:
         try:
             self._check(request)
             self.scheduler.add(request)
-        except RequestRefused as refusal:
+        except (RequestInvalid, RequestRefused) as refusal:
             logger.warning("refused request=%s: %s", request.request_id, refusal)
             self._early.extend(
                 SequenceOutput(request.request_id, index, finish=FinishReason.ERROR, error=str(refusal))
@@ -100,9 +104,9 @@ class EngineCore:
             *(token for word in sampling.bad_words for token in word),
         ]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise RequestRefused(f"a token id lies outside the vocabulary of {self.vocab_size}")
+            raise RequestInvalid(f"a token id lies outside the vocabulary of {self.vocab_size}")
         if request.method not in METHODS:
-            raise RequestRefused(f"unknown decoding method {request.method!r}")
+            raise RequestInvalid(f"unknown decoding method {request.method!r}")
 
 
 def _output(news: Progress, outcome: Outcome | None) -> SequenceOutput:

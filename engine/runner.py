@@ -82,9 +82,12 @@ class Runner:
         committed = len(sequence.tokens)
         places = ()
         if end == committed + piece.num_window:
-            # The last committed token's row, then one per window token, each after the drafts before it.
+            # A row after the last committed token, if it is computed now, and one after each window token.
             drafts = piece.tokens[len(piece.tokens) - piece.num_window :]
-            places = tuple(Place(sequence, drafts[:count]) for count in range(piece.num_window + 1))
+            first_count = 0 if piece.start < committed else 1
+            places = tuple(
+                Place(sequence, drafts[:count]) for count in range(first_count, piece.num_window + 1)
+            )
         return _Work(piece, sequence, first, piece.num_logits - len(places), places)
 
     def _outcome(self, work: _Work, logits: torch.Tensor, drawn: Drawn, used: int) -> Outcome:
@@ -104,14 +107,15 @@ class Runner:
         begin = work.first + work.num_scored
         rows = logits[begin : begin + len(work.places)]
         tokens = tuple(drawn.tokens[used : used + len(work.places)])
-        decision = self._method(sequence).decide(sequence, Draws(tokens, rows))
+        draws = Draws(len(tokens) > piece.num_window, tokens, rows)
+        decision = self._method(sequence).decide(sequence, draws)
         advance = Advance(
             seq_id=piece.seq_id,
             committed=decision.committed,
             num_valid=known + decision.num_window_kept,
             window=self._bounded(sequence, decision),
         )
-        return Outcome(advance, _logprobs(sequence, decision, rows), scored)
+        return Outcome(advance, _logprobs(sequence, decision), scored)
 
     def _method(self, sequence: Sequence) -> DecodingMethod:
         method = self.methods.get(sequence.seq_id)
@@ -141,12 +145,10 @@ def _sampled_rows(work: _Work) -> range:
     return range(begin, begin + len(work.places))
 
 
-def _logprobs(
-    sequence: Sequence, decision: Decision, rows: torch.Tensor
-) -> tuple[TokenLogprobs, ...] | None:
+def _logprobs(sequence: Sequence, decision: Decision) -> tuple[TokenLogprobs, ...] | None:
     count = sequence.request.sampling.logprobs
     if count is None:
         return None
     if not decision.committed:
         return ()
-    return tuple(logprobs_of(rows[list(decision.rows)], list(decision.committed), count))
+    return tuple(logprobs_of(decision.logits, list(decision.committed), count))

@@ -9,4 +9,4 @@ from scheduler.types import Sequence
 class Autoregressive:
     def decide(self, sequence: Sequence, draws: Draws) -> Decision:
         del sequence
-        return Decision(committed=draws.tokens[:1], rows=(0,))
+        return Decision(committed=draws.tokens, logits=draws.logits)

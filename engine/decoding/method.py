@@ -18,22 +18,27 @@ from scheduler.types import EMPTY_WINDOW, Sequence, Window
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What the target says at the last committed token (row 0) and at each window token (rows 1..).
+    """What the target says at the rows of this step: after the last committed token, then after each
+    token of the window. The first of these is missing when an earlier step computed that token and
+    nothing was committed since (`after_last` is False).
 
-    tokens[r] is the target's own sample after row r, with the noise of that place: it is what plain
-    decoding would commit there, if the window tokens before it were right. logits: float32 [1 + w, V].
+    tokens[r] is the target's own sample after row r, with the noise of that place: what plain decoding
+    would commit there, if the window tokens before it were right. logits: float32 [rows, V]; it lives as
+    long as the step, so a method that needs it later keeps a copy.
     """
 
+    after_last: bool
     tokens: tuple[int, ...]
     logits: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`rows[k]` is the row that chose `committed[k]`; the first `num_window_kept` window slots keep KV."""
+    """Tokens to commit, float32 [n, V] the logits that chose them (for log-probabilities), how many
+    leading window slots keep their KV, and what is to be computed next beyond the committed tokens."""
 
     committed: tuple[int, ...]
-    rows: tuple[int, ...]
+    logits: torch.Tensor
     num_window_kept: int = 0
     window: Window = EMPTY_WINDOW
 

@@ -43,13 +43,14 @@ FAMILIES = (
 
 # Keys under "<architecture>." of a GGUF file that are read, or that change nothing.
 _GGUF_KEYS = frozenset(
-    (
-        "block_count context_length embedding_length feed_forward_length vocab_size tensor_data_layout "
-        "attention.head_count attention.head_count_kv attention.layer_norm_rms_epsilon "
-        "attention.key_length attention.value_length rope.dimension_count rope.freq_base "
-        "rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned"
-    ).split()
-)
+    {
+        "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+        "tensor_data_layout", "attention.head_count", "attention.head_count_kv",
+        "attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length",
+        "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
+        "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    }
+)  # fmt: skip
 
 
 def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
@@ -171,9 +172,7 @@ def _gguf_linear_scaling(own: Mapping[str, Any], prefix: str) -> RopeScaling | N
     return RopeScaling(kind="linear", factor=_Fields("metadata", own).number("rope.scaling.factor"))
 
 
-def _llama3_scaling(
-    own: Mapping[str, Any], factors: tuple[float, ...], head_dim: int
-) -> RopeScaling | None:
+def _llama3_scaling(own: Mapping[str, Any], factors: tuple[float, ...], head_dim: int) -> RopeScaling | None:
     """The factors of Llama 3.1 and later, recognised by their values: the file has nothing else."""
     if not factors:
         return None
@@ -248,9 +247,7 @@ def _mapping(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value
 
 
-def _check_fixed(
-    values: Mapping[str, Any], name: str, allowed: tuple[object, ...], prefix: str = ""
-) -> None:
+def _check_fixed(values: Mapping[str, Any], name: str, allowed: tuple[object, ...], prefix: str = "") -> None:
     value = values.get(name)
     if value is not None and value not in allowed:
         raise _unsupported(f"field {prefix}{name}", value)

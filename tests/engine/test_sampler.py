@@ -1,0 +1,172 @@
+"""The sampler against obvious arithmetic, row by row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.messages import TokenLogprobs
+from engine.noise import NoiseKeys
+from engine.sampling import sampler
+from engine.sampling.places import Place
+from engine.sampling.sampler import logprobs_of, sample
+from scheduler.types import Request, SamplingParams, Sequence
+
+VOCABULARY = 1000
+
+
+def place(prompt=(1, 2), output=(), drafted=(), index=0, **sampling) -> Place:
+    asked = Request(request_id="r", prompt_ids=tuple(prompt), sampling=SamplingParams(**sampling))
+    return Place(Sequence(0, asked, index, [*prompt, *output]), tuple(drafted))
+
+
+def random_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def kept_by_hand(row: np.ndarray, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) -> set[int]:
+    """Sort, walk, stop: no thresholds, no candidates. Double precision."""
+    row = row.astype(np.float64)
+    probs = np.exp(row - row.max())
+    probs /= probs.sum()
+    if typical_p < 1.0:
+        surprise = -np.log(probs)
+        order = np.argsort(np.abs(surprise - (probs * surprise).sum()), kind="stable")
+        last = int(np.searchsorted(np.cumsum(probs[order]), typical_p))
+        keep = set(order[: last + 1].tolist())
+        probs = np.array([p if token in keep else 0.0 for token, p in enumerate(probs)])
+        probs /= probs.sum()
+    order = np.argsort(-probs, kind="stable")
+    order = order[probs[order] > 0]
+    if top_k:
+        order = order[:top_k]
+        probs = np.where(np.isin(np.arange(len(probs)), order), probs, 0.0)
+        probs /= probs.sum()
+    if top_p < 1.0:
+        order = order[: int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1]
+    return {int(token) for token in order if probs[token] >= min_p * probs[order[0]]}
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 400},
+        {"top_p": 0.05},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"min_p": 0.02},
+        {"typical_p": 0.4},
+        {"top_k": 50, "top_p": 0.7},
+        {"top_k": 400, "top_p": 0.95, "min_p": 0.001},
+        {"typical_p": 0.8, "top_p": 0.6},
+    ],
+)
+@pytest.mark.parametrize("candidates", [8, 256])
+def test_the_draw_is_the_best_noisy_token_of_the_kept_set(monkeypatch, cut, candidates):
+    monkeypatch.setattr(sampler, "CANDIDATES", candidates)
+    rows = 12
+    logits = random_logits(rows)
+    places = [place(output=[3] * row, temperature=0.7, seed=row, **cut) for row in range(rows)]
+    keys = NoiseKeys(list(range(rows)), [0] * rows, list(range(rows)), torch.device("cpu"))
+    noisy = (logits / 0.7 + keys.of_vocabulary(VOCABULARY)).numpy()
+    drawn = sample(logits.clone(), places)
+    for row in range(rows):
+        kept = kept_by_hand((logits[row] / 0.7).numpy(), **cut)
+        assert drawn.tokens[row] == max(kept, key=lambda token: noisy[row, token])  # noqa: B023
+    assert not drawn.errors
+
+
+def test_the_distribution_is_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
+    count = 20_000
+    places = [place(temperature=1.5, seed=seed) for seed in range(count)]
+    tokens = sample(logits.expand(count, -1).clone(), places).tokens
+    seen = np.bincount(tokens, minlength=5) / count
+    expected = torch.softmax(logits[0] / 1.5, -1).numpy()
+    assert np.abs(seen - expected).max() < 4 * 0.5 / np.sqrt(count)
+
+
+def test_greedy_rows_and_random_rows_do_not_disturb_each_other():
+    logits = random_logits(6)
+    mixed = [
+        place(temperature=0.0),
+        place(temperature=1.0, seed=3),
+        place(temperature=0.9, top_p=0.8, seed=4),
+        place(temperature=0.0, logit_bias=((5, 100.0),)),
+        place(temperature=1.0, min_tokens=2, stop_token_ids=(7,)),
+        place(temperature=1e-9),
+    ]
+    together = sample(logits, mixed).tokens
+    alone = [sample(logits[row : row + 1], [one]).tokens[0] for row, one in enumerate(mixed)]
+    assert together == alone
+    assert together[0] == int(logits[0].argmax())
+    assert together[3] == 5
+    assert together[5] == int(logits[5].argmax())
+
+
+def test_penalties_by_hand():
+    logits = torch.tensor([[2.0, -2.0, 1.0, 1.5, 0.0]])
+    seen = place(prompt=[0], output=[1, 2, 2], drafted=[3], temperature=0.0)
+    asked = place(
+        prompt=[0],
+        output=[1, 2, 2],
+        drafted=[3],
+        temperature=0.0,
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+    )
+    values = logits.clone()
+    from engine.sampling.processors import process
+
+    process(values[0], asked)
+    torch.testing.assert_close(values[0], torch.tensor([1.0, -4.75, -0.5, 0.0, 0.0]))
+    assert sample(logits, [seen]).tokens == [0]
+
+
+def test_bans_are_final():
+    logits = random_logits(1)
+    best = int(logits.argmax())
+    bias = ((best, 100.0),)
+    for ban in (
+        {"bad_words": ((best,),)},
+        {"bad_words": ((9, 8, best),), "output": [9, 8]},
+        {"bad_words": ((9, 8, best),), "output": [9], "drafted": [8]},
+        {"min_tokens": 4, "stop_token_ids": (best,)},
+        {"allowed_token_ids": (best - 1, best - 2)},
+    ):
+        output, drafted = ban.pop("output", ()), ban.pop("drafted", ())
+        asked = place(output=output, drafted=drafted, temperature=0.0, logit_bias=bias, **ban)
+        assert sample(logits, [asked]).tokens != [best]
+    begun = place(output=[9], temperature=0.0, logit_bias=bias, bad_words=((9, 8, best),))
+    assert sample(logits, [begun]).tokens == [best]
+
+
+def test_a_row_without_any_token_and_a_row_that_is_not_finite_fail_alone():
+    logits = random_logits(3)
+    logits[1, 17] = torch.nan
+    places = [
+        place(temperature=0.0, allowed_token_ids=(4,), bad_words=((4,),)),
+        place(temperature=1.0),
+        place(temperature=0.0),
+    ]
+    drawn = sample(logits, places)
+    assert set(drawn.errors) == {0, 1}
+    assert "allow no token" in drawn.errors[0]
+    assert "not finite" in drawn.errors[1]
+    assert drawn.tokens[2] == int(logits[2].argmax())
+
+
+def test_logprobs_are_the_models_own():
+    logits = random_logits(2)
+    expected = torch.log_softmax(logits, -1)
+    first, second = logprobs_of(logits, [int(logits[0].argmax()), 3], 4)
+    assert isinstance(first, TokenLogprobs)
+    assert first.rank == 1
+    assert first.top[0][0] == first.token
+    assert second.logprob == pytest.approx(float(expected[1, 3]), abs=1e-5)
+    assert second.rank == int((expected[1] > expected[1, 3]).sum()) + 1
+    assert [token for token, _ in second.top] == expected[1].topk(4).indices.tolist()

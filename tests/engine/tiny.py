@@ -1,0 +1,133 @@
+"""An engine core around a tiny random model: everything is real but the size."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+
+from cuda_kernels.ops import pick
+from engine.batch import BatchBuilder
+from engine.core import EngineCore
+from engine.kv_storage import KVStorage
+from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
+from engine.models.config import TransformerConfig
+from engine.models.transformer import Transformer
+from engine.runner import Runner
+from scheduler.config import SchedulerConfig
+from scheduler.invariants import check, check_empty
+from scheduler.scheduler import Scheduler
+from scheduler.types import FinishReason, Request, SamplingParams
+
+CPU = torch.device("cpu")
+TINY = TransformerConfig(
+    architecture="llama",
+    vocab_size=300,
+    hidden_size=48,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_positions=512,
+)
+SETTINGS = SchedulerConfig(num_pages=256, max_num_seqs=16, max_num_batched_tokens=64, policy="fcfs")
+
+
+def random_weights(config: TransformerConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    hidden, wide = config.hidden_size, config.intermediate_size
+    kv = config.num_kv_heads * config.head_dim
+    weights = {
+        "model.embed_tokens.weight": weight(config.vocab_size, hidden),
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": weight(config.vocab_size, hidden),
+    }
+    for index in range(config.num_layers):
+        layer = {
+            "input_layernorm": torch.ones(hidden),
+            "post_attention_layernorm": torch.ones(hidden),
+            "self_attn.q_proj": weight(config.num_heads * config.head_dim, hidden),
+            "self_attn.k_proj": weight(kv, hidden),
+            "self_attn.v_proj": weight(kv, hidden),
+            "self_attn.o_proj": weight(hidden, config.num_heads * config.head_dim),
+            "mlp.gate_proj": weight(wide, hidden),
+            "mlp.up_proj": weight(wide, hidden),
+            "mlp.down_proj": weight(hidden, wide),
+        }
+        weights |= {f"model.layers.{index}.{name}.weight": value for name, value in layer.items()}
+    return weights
+
+
+def tiny_core(**settings: object) -> EngineCore:
+    scheduling = replace(SETTINGS, **settings)  # type: ignore[arg-type]
+    ops = pick(CPU)
+    model = Transformer(TINY, random_weights(TINY), ops)
+    storage = KVStorage(TINY, scheduling.num_pages, scheduling.page_size, torch.float32, CPU)
+    scheduler = Scheduler(scheduling, time.monotonic, TINY.max_positions)
+    batches = BatchBuilder(TINY, ops, scheduling.page_size, TINY.max_positions, CPU)
+    return EngineCore(scheduler, Runner(model, storage, batches, scheduler), TINY.vocab_size)
+
+
+def request(name: str, prompt: list[int], **fields: object) -> Request:
+    """`fields` of the request where they are its own, of the sampling parameters otherwise."""
+    own = {key: fields.pop(key) for key in list(fields) if key in Request.__dataclass_fields__}
+    sampling = SamplingParams(**fields)  # type: ignore[arg-type]
+    return Request(
+        request_id=name,
+        prompt_ids=tuple(prompt),
+        sampling=sampling,
+        arrival_s=time.monotonic(),
+        **own,  # type: ignore[arg-type]
+    )
+
+
+class Heard:
+    """What one choice of a request was told, folded."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self.error: str | None = None
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.num_cached = 0
+
+    def hear(self, output: SequenceOutput) -> None:
+        assert self.finish is None, "news after the end"
+        self.tokens += output.tokens
+        self.finish, self.error = output.finish, output.error
+        self.logprobs += output.logprobs or ()
+        self.prompt_logprobs += output.prompt_logprobs or ()
+        self.num_cached = max(self.num_cached, output.num_cached)
+
+
+def run(core: EngineCore, *requests: Request, checked: bool = True) -> dict[tuple[str, int], Heard]:
+    """Submit all, step until all have ended; the invariants hold after every step."""
+    heard = {(one.request_id, index): Heard() for one in requests for index in range(one.num_choices)}
+    for one in requests:
+        core.handle(Submit(one))
+    for _ in range(5000):
+        for output in core.step().outputs:
+            heard[output.request_id, output.index].hear(output)
+        if checked:
+            check(core.scheduler)
+        if not core.has_work:
+            break
+    assert all(one.finish is not None for one in heard.values()), "a choice never ended"
+    if checked:
+        check_empty(core.scheduler)
+        assert not core.runner.methods, "a decoding method outlived its sequence"
+        assert not core.runner.batches.tables, "a page table outlived its sequence"
+    return heard
+
+
+def abort(core: EngineCore, name: str, index: int | None = None) -> None:
+    core.handle(Abort(name, index))
