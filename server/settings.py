@@ -28,7 +28,14 @@ SECTIONS: dict[str, type] = {"server": ServerConfig, "engine": EngineConfig, "sc
 ENVIRONMENT_PREFIX = "OCTAVO_"
 # Variables that share the prefix and are no settings of the daemon.
 OTHER_VARIABLES = frozenset(
-    {"OCTAVO_CONFIG", "OCTAVO_VECTORS", "OCTAVO_URL", "OCTAVO_API_KEY", "OCTAVO_TEST_INSTALL"}
+    {
+        "OCTAVO_CONFIG",
+        "OCTAVO_VECTORS",
+        "OCTAVO_URL",
+        "OCTAVO_API_KEY",
+        "OCTAVO_ENGINE_LOG",
+        "OCTAVO_TEST_INSTALL",
+    }
 )
 HIDDEN = "<hidden>"  # stands for a secret in a printed configuration; refused when it is loaded
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from server.settings import SECTIONS, SETTINGS, Resolved, Setting, SettingsError, render, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from server.config import Config
 
 TITLES = {"server": "HTTP server", "engine": "model and engine", "scheduler": "scheduler and memory"}
@@ -73,8 +75,14 @@ def settings_of(args: argparse.Namespace) -> Resolved:
         if flags.get("model", args.target) != args.target:
             raise SettingsError(f"MODEL is given twice: {args.target} and --model {flags['model']}")
         flags["model"] = args.target
-    path = args.config or (Path(os.environ["OCTAVO_CONFIG"]) if os.environ.get("OCTAVO_CONFIG") else None)
-    return resolve(flags, os.environ, path)
+    return environment_settings(flags, args.config)
+
+
+def environment_settings(flags: Mapping[str, object] | None = None, path: Path | None = None) -> Resolved:
+    """The settings of this process: flags, its environment, and the file named by either."""
+    if path is None and os.environ.get("OCTAVO_CONFIG"):
+        path = Path(os.environ["OCTAVO_CONFIG"])
+    return resolve(flags or {}, os.environ, path)
 
 
 def serve(config: Config) -> int:
@@ -82,7 +90,12 @@ def serve(config: Config) -> int:
     that it loads the model while this process imports FastAPI and builds the tokeniser."""
     from engine.client import EngineProcess
 
-    engine = EngineProcess.spawn(config.engine)
+    engine = EngineProcess(
+        config.engine,
+        start_timeout_s=config.server.engine_start_timeout_s,
+        max_restarts=config.server.max_engine_restarts,
+    )
+    engine.spawn()
 
     import asyncio
 

@@ -1,0 +1,52 @@
+# Everything is set up by the first target that needs it:  make serve | make test
+#
+#   make serve MODEL=… ARGS="--port 9000"    make bench RESULT=result.json
+#   PYTHON=…  the interpreter for .venv      TORCH=…  what pip installs torch from (docker/install.sh)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+MODEL ?=
+ARGS ?=
+# Two files at a time, each on one worker, so that what a module's fixture started is started once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+RESULT ?= tests/bench/results/$(shell date +%Y-%m-%d).json
+SEEDS ?= 10000
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHON TORCH
+
+.PHONY: install serve test check sim bench clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.installed
+
+# The stamps are newer than what they were made from, or the work is done again.
+$(VENV)/.installed: pyproject.toml docker/install.sh
+	docker/install.sh $(VENV) --editable
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	EXTRAS=test docker/install.sh $(VENV) --editable
+	@touch $@
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/octavo serve $(MODEL) $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+sim: $(VENV)/.installed
+	$(BIN)/python -m scheduler.simulate --seeds $(SEEDS)
+
+bench: $(VENV)/.installed
+	$(BIN)/octavo bench --start --workload all --model "$(MODEL)" --json $(RESULT) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
