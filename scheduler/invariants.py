@@ -13,6 +13,7 @@ from scheduler.prefix import page_key
 from scheduler.types import SequenceState
 
 if TYPE_CHECKING:
+    from scheduler.plan import StepPlan
     from scheduler.scheduler import Scheduler
     from scheduler.types import Sequence
 
@@ -44,17 +45,26 @@ def check_empty(scheduler: Scheduler) -> None:
     assert pool.num_held == 0, "a page is held by nobody"
 
 
-def check_admissions(scheduler: Scheduler, running_before: set[int], waiting_before: set[int]) -> None:
-    """Bounded overtaking, across one plan: whoever got a place arrived at most the largest head start
-    after anyone who waited then and waits still."""
-    places, bound_s = scheduler._places, scheduler._policy.max_head_start_s
+def check_decisions(
+    scheduler: Scheduler, plan: StepPlan, running_before: set[int], waiting_before: set[int]
+) -> None:
+    """Facts across one plan, called before its slices are applied.
+
+    Nobody who computes comes after someone who was preempted. Overtaking is bounded: whoever got a
+    place arrived at most the largest head start after anyone who waited then and waits still.
+    """
+    places, policy = scheduler._places, scheduler._policy
+    computing = [policy.order(scheduler._sequences[piece.seq_id]) for piece in plan.slices]
+    for number in plan.preempted:
+        order = policy.order(scheduler._sequences[number])
+        assert all(other < order for other in computing), f"sequence {number} gave way to a later one"
     started = [piece for number, piece in places.running.items() if number not in running_before]
     if not started:
         return
     passed_over = [piece for _, piece in places.waiting.entries() if piece.seq_id in waiting_before]
     earliest_s = min((piece.request.arrival_s for piece in passed_over), default=float("inf"))
     for sequence in started:
-        late_s = sequence.request.arrival_s - earliest_s
+        late_s, bound_s = sequence.request.arrival_s - earliest_s, policy.max_head_start_s
         assert late_s <= bound_s + 1e-9, f"overtaken by someone {late_s} s younger; the bound is {bound_s}"
 
 
@@ -83,9 +93,8 @@ def _check_queues(scheduler: Scheduler) -> None:
     waiting = {piece.seq_id for _, piece in places.waiting.entries()}
     running = set(places.running)
     held_back = {piece.seq_id for group in scheduler._requests.values() for piece in group.held_back}
-    assert not (waiting & running or waiting & held_back or running & held_back), (
-        "a sequence is in two queues"
-    )
+    assert waiting.isdisjoint(running), "a sequence waits and runs"
+    assert held_back.isdisjoint(waiting | running), "a sequence that is held back waits or runs"
     assert waiting | running | held_back == set(scheduler._sequences), "a live sequence is in no queue"
     assert len(running) <= scheduler.config.max_num_seqs, "more sequences than places"
     for number, sequence in scheduler._sequences.items():

@@ -69,7 +69,7 @@ class Scheduler:
         ended = []
         for sequence in choices.live.values():
             self._sequences[sequence.seq_id] = sequence
-            finish = finish_at_once(sequence, self.max_model_len)
+            finish = finish_at_once(sequence, max_tokens_of(request, self.max_model_len))
             if finish is not None:
                 ended.append((sequence, finish))
             elif sequence.index == 0:
@@ -216,7 +216,8 @@ class Scheduler:
         num_before = len(sequence.tokens)
         reached_end = piece.start + len(piece.tokens) - piece.num_window == num_before
         assert reached_end or not advance.committed, "tokens committed from the middle of known ones"
-        finish = commit(sequence, advance.committed, self.max_model_len)
+        limit = max_tokens_of(sequence.request, self.max_model_len)
+        finish = commit(sequence, advance.committed, limit)
         self._take_in(sequence, piece, advance.num_valid)
         if reached_end:
             sequence.window = advance.window

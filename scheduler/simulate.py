@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from scheduler.clock import ManualClock
 from scheduler.config import POLICIES, SchedulerConfig
 from scheduler.fake_runner import METHODS, VOCABULARY, FakeRunner, true_output
-from scheduler.invariants import check, check_admissions, check_empty
+from scheduler.invariants import check, check_decisions, check_empty
 from scheduler.refusal import RequestRefused
 from scheduler.scheduler import Scheduler
 from scheduler.types import FinishReason, Request, SamplingParams
@@ -106,7 +106,7 @@ class Simulation:
         waiting = {piece.seq_id for _, piece in scheduler._places.waiting.entries()}
         plan = scheduler.plan()
         assert plan.slices or not scheduler._sequences, "sequences are alive, and none computes"
-        check_admissions(scheduler, running, waiting)
+        check_decisions(scheduler, plan, running, waiting)
         advances = self._runner.execute(plan)
         self._maybe_abort()
         self._receive(scheduler.apply(plan, advances))
@@ -157,7 +157,8 @@ class Simulation:
         if news.finish is FinishReason.ABORT:
             assert choice in self._ledger.aborted, f"{choice} was aborted by nobody"
         elif news.finish is FinishReason.DEADLINE:
-            assert request.deadline_s is not None and request.deadline_s <= self._clock(), "ended early"
+            assert request.deadline_s is not None, f"{choice} has no deadline"
+            assert request.deadline_s <= self._clock(), f"{choice} ended before its deadline"
         elif news.finish is FinishReason.ERROR:
             assert choice in self._failing, f"{choice} failed by itself: {news.error}"
         else:
