@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.commands import CommandError
 from server.settings import SECTIONS, SETTINGS, Resolved, Setting, SettingsError, render, resolve
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def environment_settings(flags: Mapping[str, object] | None = None, path: Path |
 
 def serve(config: Config) -> int:
     """Run until told to stop. The engine process starts before anything heavy is imported here, so
-    that it loads the model while this process imports FastAPI and builds the tokeniser."""
+    that it loads the model while this process imports FastAPI and builds the tokeniser. It ends with
+    this process, however that ends."""
     from engine.client import EngineProcess
 
     engine = EngineProcess(
@@ -99,8 +101,12 @@ def serve(config: Config) -> int:
 
     import asyncio
 
+    from engine.checkpoint import CheckpointError
     from server.serve import serve as listen
     from server.service import build_service
 
-    service = build_service(config, engine)
+    try:
+        service = build_service(config, engine)
+    except CheckpointError as error:
+        raise CommandError(str(error)) from None
     return asyncio.run(listen(service, config))
