@@ -33,7 +33,7 @@ class SamplingDefaults:
 
 
 def check_limits(body: GenerationFields, limits: ServerConfig, vocab_size: int) -> None:
-    """Raise the 400 for what the configuration or the vocabulary does not allow, or what contradicts itself."""
+    """Raise the 400 for what the limits or the vocabulary do not allow, or what contradicts itself."""
     _at_most("n", body.n, limits.max_choices)
     _at_most("prompt_logprobs", body.prompt_logprobs, limits.max_logprobs)
     _at_most_entries("stop", body.stop, limits.max_stop_strings)

@@ -41,6 +41,7 @@ class HttpServer(uvicorn.Server):
 
 async def serve(service: Service, config: Config) -> int:
     """Run until a signal or the engine's death; the exit status, 0 only after an asked-for stop."""
+    logs.configure_logging(config.server.log_format, config.server.log_level)
     try:
         listener = bind(config.server.host, config.server.port)
     except OSError as error:
@@ -52,7 +53,7 @@ async def serve(service: Service, config: Config) -> int:
     with _signals(stop, at_once):
         logs.info("listening", url=url_of(listener), model=service.model_name)
         http_task = asyncio.create_task(http.serve(sockets=[listener]))
-        engine_task = asyncio.create_task(_run_engine(service, config.server.engine_start_timeout_s))
+        engine_task = asyncio.create_task(_run_engine(service))
         try:
             return await _until_end(service, http_task, engine_task, stop, at_once)
         finally:
@@ -68,7 +69,7 @@ async def serve(service: Service, config: Config) -> int:
 async def _until_end(
     service: Service,
     http: asyncio.Task[None],
-    engine: asyncio.Task[EngineDead],
+    engine: asyncio.Task[str],
     stop: asyncio.Event,
     at_once: asyncio.Event,
 ) -> int:
@@ -97,15 +98,12 @@ async def _drain(service: Service, at_once: asyncio.Event) -> int:
     return EXIT_OK
 
 
-async def _run_engine(service: Service, start_timeout_s: float) -> EngineDead:
-    """Start the engine and return when it is dead for good."""
+async def _run_engine(service: Service) -> str:
+    """Start the engine and wait until it is dead for good -> why."""
     try:
-        async with asyncio.timeout(start_timeout_s):
-            ready = await service.client.start()
-    except TimeoutError:
-        return EngineDead(f"the engine did not start within {start_timeout_s:g} s")
+        ready = await service.client.start()
     except EngineDead as error:
-        return error
+        return str(error)
     service.note_ready()
     phases = {phase.name.replace(" ", "_"): round(phase.seconds, 3) for phase in ready.phases}
     logs.info(

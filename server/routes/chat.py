@@ -16,7 +16,6 @@ from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import described
 from server.routes.generation import answer, name_ignored, stream
 from server.service import Job, Service, new_id
-from server.streams import Delta, Generation
 from server.wire.body import read_body
 from server.wire.requests import ChatRequest
 from server.wire.responses import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChunkChoice, Message
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from server.config import ServerConfig
+    from server.streams import Delta, Generation
 
 
 def chat_router(service: Service) -> APIRouter:

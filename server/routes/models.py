@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.delivery import json_response
 from server.openapi import described
-from server.service import Service
 from server.wire.responses import Model, ModelList
+
+if TYPE_CHECKING:
+    from server.service import Service
 
 
 def models_router(service: Service) -> APIRouter:

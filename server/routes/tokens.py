@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,10 +13,12 @@ from server.errors import invalid
 from server.logprobs import token_text
 from server.openapi import described
 from server.prompt_reader import check_token_ids
-from server.service import Service
 from server.wire.body import read_body
 from server.wire.requests import DetokenizeRequest, TokenizeRequest
 from server.wire.responses import Text, Tokens
+
+if TYPE_CHECKING:
+    from server.service import Service
 
 
 def tokens_router(service: Service) -> APIRouter:

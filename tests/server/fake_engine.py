@@ -18,7 +18,7 @@ from scheduler.types import FinishReason
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.client import EngineDead, Sink
+    from engine.client import Sink
     from scheduler.types import Request
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
@@ -53,7 +53,7 @@ class FakeEngine:
     aborts: dict[str, float] = field(default_factory=dict)  # request id -> when
     live: dict[tuple[str, int], Live] = field(default_factory=dict)
     sinks: dict[str, Sink] = field(default_factory=dict)
-    dead: asyncio.Future[EngineDead] | None = None
+    dead: asyncio.Future[str] | None = None
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
     _loop: asyncio.Task[None] | None = None
 
@@ -91,7 +91,7 @@ class FakeEngine:
         if self.sinks.pop(request_id, None) is not None and keys:
             self.aborts[request_id] = time.monotonic()
 
-    async def died(self) -> EngineDead:
+    async def died(self) -> str:
         assert self.dead is not None
         return await self.dead
 

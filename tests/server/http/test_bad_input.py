@@ -1,0 +1,236 @@
+"""Every bad body: a fast 400 in the envelope that names the field, and a server that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.server.http.conftest import Running, running
+
+COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt.1"),
+    ({"prompt": ["a", 1]}, "prompt.1"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [1.5]}, "prompt.0"),
+    ({"prompt": [None]}, "prompt.0"),
+    ({"prompt": [[1], [2, None]]}, "prompt.1"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [258]}, "prompt"),
+    ({"prompt": [2**80]}, "prompt"),
+    ({"prompt": [[1], [10**30]]}, "prompt.1"),
+    ({"prompt": ["a"] * 129}, "prompt"),
+    ({"prompt": "a" * 256}, "prompt"),
+    ({"prompt": "a" * 1_000_000}, "prompt"),
+    ({"prompt": [1] * 1_000_000}, "prompt"),
+    ({"suffix": "end"}, "suffix"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 255}, "max_tokens"),
+    ({"max_tokens": 2**31}, "max_tokens"),
+    ({"max_tokens": 2**200}, "max_tokens"),
+    ({"max_tokens": "16"}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
+    ({"n": 0}, "n"),
+    ({"n": 17}, "n"),
+    ({"n": 10**9}, "n"),
+    ({"best_of": 17}, "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": "many"}, "logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": -1}, "min_p"),
+    ({"typical_p": 0}, "typical_p"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": 0.5}, "seed"),
+    ({"stop": 5}, "stop"),
+    ({"stop": ""}, "stop.0"),
+    ({"stop": ["a", None]}, "stop.1"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": "a" * 257}, "stop.0"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+    ({"stop_token_ids": [258]}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+    ({"bad_words": [""]}, "bad_words.0"),
+    ({"bad_words": ["a"] * 65}, "bad_words"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [1000]}, "allowed_token_ids"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"999": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+    ({"logit_bias": {str(k): 0 for k in range(2000)}}, "logit_bias"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "a" * 1025}, "cache_salt"),
+    ({"priority": 2**40}, "priority"),
+    ({"timeout_s": 0}, "timeout_s"),
+    ({"user": "u" * 1000}, "user"),
+    ({"model": 5}, "model"),
+]
+
+USER = {"role": "user", "content": "hi"}
+CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{}]}, "messages.0.role"),
+    ({"messages": [USER, {"role": "pirate", "content": "arr"}]}, "messages.1.role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+    ({"messages": [USER] * 5000}, "messages"),
+    ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 1000}, "max_completion_tokens"),
+    ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": 3}, "logprobs"),
+    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{}]}, "functions"),
+    ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+]
+
+
+def shown(case: tuple[dict[str, Any], str]) -> str:
+    return repr(case[0])[:50]
+
+
+def check_envelope(body: Any) -> dict[str, Any]:
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["type"], str)
+    return error  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("body", "param"), COMPLETIONS, ids=map(shown, COMPLETIONS))
+def test_completions_name_the_field(server: Running, body: dict[str, Any], param: str) -> None:
+    response = server.post("/v1/completions", {"prompt": "hi", **body})
+    assert response.status_code == 400
+    assert check_envelope(response.json())["param"] == param
+    assert response.elapsed.total_seconds() < 2
+
+
+@pytest.mark.parametrize(("body", "param"), CHAT, ids=map(shown, CHAT))
+def test_chat_names_the_field(server: Running, body: dict[str, Any], param: str) -> None:
+    response = server.post("/v1/chat/completions", {"messages": [USER], **body})
+    assert response.status_code == 400
+    assert check_envelope(response.json())["param"] == param
+
+
+def test_over_long_prompt_says_both_numbers(server: Running) -> None:
+    message = server.post("/v1/completions", {"prompt": "a" * 300}).json()["error"]["message"]
+    assert "256" in message
+    assert "300" in message
+    message = server.post("/v1/completions", {"prompt": "aaa", "max_tokens": 1000}).json()["error"]["message"]
+    assert "256" in message
+    assert "1003" in message
+
+
+RAW = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"prompt": "a", "temperature": NaN}',
+    b'{"prompt": "a", "temperature": 1e999}',
+    b'{"prompt": "a", "x": -Infinity}',
+    b'{"prompt": "a", "prompt": "b"}',
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a\x00b"}',
+    b'{"prompt": [' + b"1" * 5000 + b"]}",
+    b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"x":' * 50_000 + b"1" + b"}" * 50_000,
+    '{"prompt": "a"}'.encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("raw", RAW, ids=[repr(raw[:40]) for raw in RAW])
+def test_malformed_json(server: Running, raw: bytes) -> None:
+    with server.client() as client:
+        response = client.post("/v1/completions", content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    check_envelope(response.json())
+
+
+def test_escaped_pairs_and_emoji_are_fine(server: Running) -> None:
+    with server.client() as client:
+        raw = b'{"prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+        assert client.post("/v1/completions", content=raw).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1/models/other/model", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/health", 405),
+        ("PROPFIND", "/health", 405),
+    ],
+)
+def test_wrong_routes(server: Running, method: str, path: str, status: int) -> None:
+    with server.client() as client:
+        response = client.request(method, path)
+    assert response.status_code == status
+    check_envelope(response.json())
+
+
+def test_unknown_model_is_404(server: Running) -> None:
+    for path, body in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [USER]}),
+        ("/tokenize", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
+        response = server.post(path, {**body, "model": "gpt-9\n" * 100})
+        assert response.status_code == 404
+        error = check_envelope(response.json())
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+
+
+def test_wrong_content_type(server: Running) -> None:
+    with server.client() as client:
+        response = client.post("/v1/completions", data={"prompt": "a"})
+    assert response.status_code == 415
+    check_envelope(response.json())
+
+
+def test_more_sequences_than_the_server_takes_is_not_worth_a_retry() -> None:
+    with running(capacity=10) as server:
+        assert server.post("/v1/completions", {"prompt": ["a", "b"], "n": 6}).status_code == 400
+
+
+def test_nothing_is_left_behind(server: Running) -> None:
+    assert server.service.admission.in_flight == 0
+    assert not server.engine.live
+    assert server.complete(max_tokens=1)["choices"][0]["text"] == "a"
