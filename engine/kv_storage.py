@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from engine.models.config import TransformerConfig
 
 
 class KVStorage:
-    """Keys and values of every layer, each [num_pages, Hkv, page_size, D], zero at first.
+    """Keys and values of every layer, each [num_pages, Hkv, page_size, D].
 
-    Zeroed memory costs nothing until it is touched, and keeps slots that nobody may see finite.
+    Zero at first, which keeps slots that nobody may see finite.
     """
 
     def __init__(
@@ -23,15 +24,22 @@ class KVStorage:
     ) -> None:
         shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
         self.page_size = page_size
-        self.num_kv_heads = config.num_kv_heads
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
 
     def clear(self, pages: list[int]) -> None:
         """Zero pages whose numbers went wrong: a NaN would spread even from a slot of weight 0."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.keys[0].device)
         for layer in (*self.keys, *self.values):
             layer.index_fill_(0, index, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes the zeros; the system hands out zeroed memory, page by page as it is first touched.
+    cells = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
+    return torch.from_numpy(cells).view(dtype)
 
 
 def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
