@@ -181,6 +181,7 @@ def test_parameters_are_counted_as_torch_counts_them(tied: bool, bias: bool) -> 
     )  # fmt: skip
     shape = TransformerConfig(
         **sizes, architecture="llama", num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
-        rms_norm_eps=1e-5, rope_theta=1e4, max_positions=64, tie_embeddings=tied, attention_bias=bias, mlp_bias=bias,
+        rms_norm_eps=1e-5, rope_theta=1e4, max_positions=64, tie_embeddings=tied,
+        attention_bias=bias, mlp_bias=bias,
     )  # fmt: skip
     assert models.num_parameters(shape) == sum(weight.numel() for weight in reference.parameters())
