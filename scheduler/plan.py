@@ -6,10 +6,13 @@ what the engine made of the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from scheduler.types import EMPTY_WINDOW, FinishReason, Visibility, Window
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
 
 
 @dataclass(frozen=True, slots=True)

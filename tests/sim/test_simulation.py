@@ -11,6 +11,7 @@ from scheduler import choices, planning, scheduler, simulate
 from scheduler.config import POLICIES
 from scheduler.page_tables import PageTables
 from scheduler.pages import PagePool
+from scheduler.places import Places
 from scheduler.scheduler import Scheduler
 from scheduler.simulate import Simulation
 from scheduler.types import FinishReason
@@ -126,7 +127,7 @@ _BUGS = [
     (Scheduler, "_end_all", _forget_the_held_back),
     (Scheduler, "_take_ended_at_once", _report_twice),
     (planning, "_portion", _split_windows),
-    (places.Places, "by_policy", _preempt_the_first),
+    (Places, "by_policy", _preempt_the_first),
 ]
 
 
