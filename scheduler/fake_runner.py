@@ -8,7 +8,6 @@ plans built up, so a page that is lost, shared wrongly or overwritten is noticed
 
 from __future__ import annotations
 
-import random
 import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ from scheduler.plan import Advance
 from scheduler.types import EMPTY_WINDOW, FinishReason, Visibility, Window
 
 if TYPE_CHECKING:
+    import random
+
     from scheduler.plan import Slice, StepPlan
     from scheduler.scheduler import Scheduler
     from scheduler.types import Request, Sequence
