@@ -6,14 +6,17 @@ change anywhere else. All operations work on rows (tokens) and know no request.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from cuda_kernels import reference
-from cuda_kernels.slices import SliceTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from cuda_kernels.slices import SliceTable
 
 
 class AttentionPlan(Protocol):

@@ -10,13 +10,16 @@ that order, so its sums depend on the row alone as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
-from cuda_kernels.slices import SliceTable
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from cuda_kernels.slices import SliceTable
 
 ROW_MULTIPLE = 8
 KEY_BLOCK = 128

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from cuda_kernels.ops import Operations
 from cuda_kernels.slices import SliceTable
-from engine.models.config import TransformerConfig
 from engine.models.transformer import Rows
-from scheduler.plan import Slice, StepPlan
 from scheduler.types import Visibility
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from cuda_kernels.ops import Operations
+    from engine.models.config import TransformerConfig
+    from scheduler.plan import Slice, StepPlan
 
 
 @dataclass(frozen=True, slots=True)

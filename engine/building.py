@@ -6,21 +6,24 @@ import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
-from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.kv_storage import KVStorage, kv_bytes_per_token
 from engine.messages import Phase, Ready
 from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.weights.loader import load_weights
-from scheduler.config import SchedulerConfig
 from scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from scheduler.config import SchedulerConfig
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
 GPU_MEMORY_SHARE = 0.85

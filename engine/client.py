@@ -15,16 +15,28 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from engine.config import EngineConfig
 from engine.journal import JournalEntry
-from engine.messages import Abort, Failed, FromEngine, Ready, SequenceOutput, StepOutput, Stop, Submit, ToEngine
+from engine.messages import (
+    Abort,
+    Failed,
+    FromEngine,
+    Ready,
+    SequenceOutput,
+    StepOutput,
+    Stop,
+    Submit,
+    ToEngine,
+)
 from scheduler.types import FinishReason, Request
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
 
 logger = logging.getLogger("octavo.engine")
 
@@ -68,7 +80,9 @@ class EngineClient(Protocol):
 class EngineProcess:
     """An engine in its own process over a ZeroMQ socket on a private path; started again when it dies."""
 
-    def __init__(self, config: EngineConfig, *, start_timeout_s: float = 600.0, max_restarts: int = 3) -> None:
+    def __init__(
+        self, config: EngineConfig, *, start_timeout_s: float = 600.0, max_restarts: int = 3
+    ) -> None:
         self.ready: Ready | None = None
         self.on_step: Callable[[StepOutput], None] | None = None
         self.num_restarts = 0
@@ -114,7 +128,9 @@ class EngineProcess:
         if self._death.done():
             raise EngineDead(self._death.result())
         await self.close()
-        raise EngineDead(f"the engine was not ready within engine_start_timeout_s = {self._start_timeout_s:g}")
+        raise EngineDead(
+            f"the engine was not ready within engine_start_timeout_s = {self._start_timeout_s:g}"
+        )
 
     async def died(self) -> str:
         assert self._death is not None, "start() comes first"
@@ -253,9 +269,7 @@ class EngineProcess:
         entries, self._entries = list(self._entries.values()), {}
         for entry, sink in entries:
             for index in sorted(entry.live):
-                sink(
-                    SequenceOutput(entry.request.request_id, index, finish=FinishReason.ERROR, error=cause)
-                )
+                sink(SequenceOutput(entry.request.request_id, index, finish=FinishReason.ERROR, error=cause))
 
     def _send(self, message: ToEngine) -> None:
         """Until the engine is ready nothing is sent: `_resume` replays whatever is in flight then."""

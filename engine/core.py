@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from engine.decoding import METHODS
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
@@ -11,6 +11,9 @@ from engine.runner import Outcome, Runner
 from scheduler.plan import Advance, Progress, StepPlan
 from scheduler.scheduler import RequestRefused, Scheduler
 from scheduler.types import FinishReason, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 logger = logging.getLogger("octavo.engine")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from engine.messages import Abort, SequenceOutput, Submit
-from scheduler.types import Request
+
+if TYPE_CHECKING:
+    from scheduler.types import Request
 
 
 class JournalEntry:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
-from engine.models.config import TransformerConfig
+if TYPE_CHECKING:
+    from engine.models.config import TransformerConfig
 
 
 class KVStorage:

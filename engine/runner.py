@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from engine.batch import BatchBuilder
 from engine.decoding import METHODS, Decision, DecodingMethod, Draws
-from engine.kv_storage import KVStorage
-from engine.messages import TokenLogprobs
-from engine.models.transformer import Transformer
 from engine.sampling.places import Place
 from engine.sampling.sampler import Drawn, logprobs_of, sample
 from scheduler.plan import Advance, Slice, StepPlan
-from scheduler.scheduler import Scheduler
 from scheduler.types import EMPTY_WINDOW, Sequence, Window
+
+if TYPE_CHECKING:
+    from engine.batch import BatchBuilder
+    from engine.kv_storage import KVStorage
+    from engine.messages import TokenLogprobs
+    from engine.models.transformer import Transformer
+    from scheduler.scheduler import Scheduler
 
 
 @dataclass(frozen=True, slots=True)

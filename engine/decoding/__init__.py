@@ -1,7 +1,7 @@
 """Decoding methods by name: the registry is the only place that lists them."""
 
 from engine.decoding.autoregressive import Autoregressive
-from engine.decoding.method import DecodingMethod, Decision, Draws, MethodFactory
+from engine.decoding.method import Decision, DecodingMethod, Draws, MethodFactory
 
 METHODS: dict[str, MethodFactory] = {"autoregressive": Autoregressive}
 

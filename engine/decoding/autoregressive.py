@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from engine.decoding.method import Decision, Draws
-from scheduler.types import Sequence
+
+if TYPE_CHECKING:
+    from scheduler.types import Sequence
 
 
 class Autoregressive:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from cuda_kernels.ops import AttentionPlan, Operations
-from engine.kv_storage import KVStorage
-from engine.models.config import TransformerConfig
+if TYPE_CHECKING:
+    from cuda_kernels.ops import AttentionPlan, Operations
+    from engine.kv_storage import KVStorage
+    from engine.models.config import TransformerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +49,7 @@ class _Layer:
 
 
 class Transformer:
-    def __init__(
-        self, config: TransformerConfig, weights: dict[str, torch.Tensor], ops: Operations
-    ) -> None:
+    def __init__(self, config: TransformerConfig, weights: dict[str, torch.Tensor], ops: Operations) -> None:
         """`weights`: Hugging Face names, as `load_weights` gives them; emptied as they are taken over."""
         self.config = config
         self.ops = ops

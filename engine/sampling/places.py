@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from scheduler.types import SamplingParams, Sequence
+if TYPE_CHECKING:
+    from scheduler.types import SamplingParams, Sequence
 
 
 @dataclass(frozen=True, slots=True)

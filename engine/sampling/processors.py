@@ -6,10 +6,13 @@ then the bans (allowed_token_ids, bad_words, min_tokens), which nothing can lift
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from engine.sampling.places import Place
-from scheduler.types import SamplingParams
+if TYPE_CHECKING:
+    from engine.sampling.places import Place
+    from scheduler.types import SamplingParams
 
 BANNED = float("-inf")
 

@@ -6,14 +6,17 @@ Rows are independent: a row's token is a function of its logits, its request's p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from engine.messages import TokenLogprobs
 from engine.noise import NoiseKeys
-from engine.sampling.places import Place
 from engine.sampling.processors import BANNED, needs_processing, process
 from engine.sampling.truncation import CANDIDATES, threshold, truncates, typical_mask
+
+if TYPE_CHECKING:
+    from engine.sampling.places import Place
 
 GREEDY_BELOW = 1e-5  # dividing by less would leave the range of float32
 
@@ -37,7 +40,9 @@ def sample(logits: torch.Tensor, places: list[Place]) -> Drawn:
     peaks, tokens = values.max(-1)
     errors = _errors(logits, peaks, changed)
     random = [
-        row for row, place in enumerate(places) if place.params.temperature > GREEDY_BELOW and row not in errors
+        row
+        for row, place in enumerate(places)
+        if place.params.temperature > GREEDY_BELOW and row not in errors
     ]
     chosen: list[int] = tokens.tolist()
     if random:

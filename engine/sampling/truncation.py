@@ -7,10 +7,12 @@ hundred candidates or by sorting the whole row.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
-from scheduler.types import SamplingParams
+if TYPE_CHECKING:
+    from scheduler.types import SamplingParams
 
 CANDIDATES = 256  # enough for nearly every nucleus; rows that need more are sorted whole
 

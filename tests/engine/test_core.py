@@ -21,10 +21,7 @@ def tokens_of(core, *requests):
 
 def test_requests_of_all_lengths_end_with_the_asked_number_of_tokens():
     core = tiny_core()
-    asked = [
-        request(f"r{n}", PROMPT[: n + 1], temperature=1.0, seed=n, max_tokens=n + 1)
-        for n in range(30)
-    ]
+    asked = [request(f"r{n}", PROMPT[: n + 1], temperature=1.0, seed=n, max_tokens=n + 1) for n in range(30)]
     heard = run(core, *asked)
     for n in range(30):
         assert len(heard[f"r{n}", 0].tokens) == n + 1

@@ -75,7 +75,7 @@ def test_the_draw_is_the_best_noisy_token_of_the_kept_set(monkeypatch, cut, cand
     drawn = sample(logits.clone(), places)
     for row in range(rows):
         kept = kept_by_hand((logits[row] / 0.7).numpy(), **cut)
-        assert drawn.tokens[row] == max(kept, key=lambda token: noisy[row, token])  # noqa: B023
+        assert drawn.tokens[row] == max(kept, key=lambda token: noisy[row, token])
     assert not drawn.errors
 
 

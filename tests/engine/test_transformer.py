@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -109,7 +111,7 @@ def test_prefill_in_uneven_chunks_across_page_boundaries(reference, prompts, exp
     bench = Bench(reference)
     for index, prompt in enumerate(prompts):
         cuts = [0, *[cut for cut in (1, 15, 16, 50, 131, 180) if cut < len(prompt)], len(prompt)]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             close(bench.compute(bench.slice(index, prompt, start, stop))[0], expected[index][start:stop])
 
 

@@ -1,0 +1,188 @@
+"""The life of the real daemon: start, crash, drain, disconnect, flood."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.e2e.daemon import Daemon, alive, wait_until
+
+PROMPT = "The history of the lighthouse begins"
+FLOAT32 = ("--dtype", "float32")
+
+
+def stream_text(daemon: Daemon, on_chunk=lambda count: None, **body) -> tuple[str, list[dict]]:
+    """The text of a streamed completion and its chunks; `on_chunk(n)` after the n-th."""
+    pieces, chunks = [], []
+    asked = {"prompt": PROMPT, "stream": True, **body}
+    with daemon.client() as client, client.stream("POST", "/v1/completions", json=asked) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            chunks.append(chunk)
+            pieces += [choice["text"] for choice in chunk["choices"]]
+            on_chunk(len(chunks))
+    return "".join(pieces), chunks
+
+
+def test_the_log_tells_where_the_start_went(live_server):
+    line = live_server.find_line(r" ready ").string
+    for phase in ("import_torch", "locate_checkpoint", "load_weights", "build_model", "lay_out_pages"):
+        assert f"{phase}=" in line
+
+
+def test_a_stream_survives_kill_9_of_the_engine_with_the_same_text():
+    sampling = {"max_tokens": 60, "temperature": 1.0, "seed": 77, "ignore_eos": True}
+    with Daemon(*FLOAT32) as daemon:
+        undisturbed, _ = stream_text(daemon, **sampling)
+        first = daemon.engine_pid()
+
+        def kill(count: int) -> None:
+            if count == 15:
+                os.kill(first, signal.SIGKILL)
+
+        with ThreadPoolExecutor(2) as pool:
+            other = pool.submit(
+                daemon.complete, prompt=PROMPT, n=2, logprobs=1, max_tokens=40, seed=5, ignore_eos=True
+            )
+            text, chunks = stream_text(daemon, kill, **sampling)
+            choices = other.result()["choices"]
+        assert text == undisturbed
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [40, 40]
+        again = daemon.complete(prompt=PROMPT, n=2, logprobs=1, max_tokens=40, seed=5, ignore_eos=True)[
+            "choices"
+        ]
+        assert [choice["text"] for choice in choices] == [choice["text"] for choice in again]
+        assert daemon.engine_pid() != first
+        assert daemon.metrics()["octavo:engine_restarts_total"] == 1
+
+
+def test_sigterm_lets_running_streams_end_refuses_new_work_and_exits_0():
+    with Daemon() as daemon:
+        engine = daemon.engine_pid()
+        refused: list[httpx.Response] = []
+
+        def term(count: int) -> None:
+            if count == 5:
+                daemon.terminate()
+                daemon.find_line("draining")
+                refused.append(daemon.post("/v1/completions", prompt="x"))
+                refused.append(httpx.get(f"{daemon.url}/health"))
+
+        _, chunks = stream_text(daemon, term, max_tokens=60, ignore_eos=True)
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert [response.status_code for response in refused] == [503, 503]
+        assert "retry-after" in refused[0].headers
+        assert daemon.wait() == 0
+        assert not alive(engine)
+
+
+def test_drain_timeout_ends_the_rest_with_an_error():
+    with Daemon("--drain-timeout-s", "0.5") as daemon:
+        lines: list[str] = []
+        body = {"prompt": PROMPT, "stream": True, "max_tokens": 2000, "ignore_eos": True}
+        with daemon.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                if len(lines) == 10:
+                    daemon.terminate()
+        assert any('"error"' in line for line in lines[-6:])
+        assert daemon.wait() == 0
+
+
+def test_the_engine_ends_when_the_server_is_killed():
+    with Daemon() as daemon:
+        engine = daemon.engine_pid()
+        daemon.kill()
+        wait_until(lambda: not alive(engine), 5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_vanished_client_frees_its_pages_within_a_second(live_server, stream):
+    body = {"prompt": PROMPT, "stream": stream, "max_tokens": 4000, "ignore_eos": True, "n": 3}
+    client = httpx.Client(base_url=live_server.url, timeout=httpx.Timeout(60, read=1.0))
+    if stream:
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            for _ in range(5):
+                next(lines)
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/completions", json=body)
+    client.close()
+    wait_until(lambda: live_server.metrics()["vllm:kv_cache_usage_perc"] == 0, 1.0)
+    assert live_server.metrics()["vllm:num_requests_running"] == 0
+
+
+def test_the_count_identities_hold(live_server):
+    before = live_server.metrics()
+    requests, tokens = 5, 7
+    asked = {"prompt": [5, 6, 7, 8, 9], "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    for _ in range(requests):
+        live_server.complete(**asked)
+    after = live_server.metrics()
+
+    def grown(name: str) -> float:
+        return after[f"vllm:{name}"] - before.get(f"vllm:{name}", 0.0)
+
+    assert grown("time_to_first_token_seconds_count") == requests
+    assert grown("inter_token_latency_seconds_count") == requests * (tokens - 1)
+    assert grown("e2e_request_latency_seconds_count") == requests
+    assert grown("iteration_tokens_total_sum") == requests * (5 + tokens)
+    assert grown("iteration_tokens_total_count") == requests * tokens
+    assert grown("prompt_tokens_total") == requests * 5
+    assert grown("generation_tokens_total") == requests * tokens
+    assert grown("request_success_total") == requests
+
+
+def test_a_flood_is_answered_429_and_what_was_accepted_is_served():
+    with Daemon("--max-queued-requests", "8", "--max-num-seqs", "4") as daemon:
+        body = {"prompt": PROMPT, "max_tokens": 8, "ignore_eos": True}
+        with ThreadPoolExecutor(40) as pool:
+            answers = list(pool.map(lambda _: daemon.post("/v1/completions", **body), range(40)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 429}
+        for answer in answers:
+            if answer.status_code == 429:
+                assert int(answer.headers["retry-after"]) >= 1
+            else:
+                assert answer.json()["usage"]["completion_tokens"] == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (("--max-model-len", "100000"), "8192"),
+        (("--num-pages", "1000000000"), "lower num_pages"),
+        (("--device", "cuda"), "CUDA"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(flags, cause):
+    daemon = Daemon(*flags)
+    assert daemon.wait() == 1
+    assert any(cause in line and "dead" in line for line in daemon.lines), daemon.lines
+    assert not any("Traceback" in line for line in daemon.lines)
+
+
+def test_short_answers_while_a_long_prompt_is_read():
+    """A long prompt is computed in chunks beside the others: nobody waits for its end."""
+    with Daemon() as daemon:
+        long = threading.Thread(
+            target=daemon.complete, kwargs={"prompt": [9] * 8000, "max_tokens": 1}, daemon=True
+        )
+        long.start()
+        wait_until(lambda: daemon.metrics()["vllm:num_requests_running"] == 1, 5)
+        begun = time.monotonic()
+        daemon.complete(prompt=PROMPT, max_tokens=4)
+        assert long.is_alive(), f"the long prompt ended first, after {time.monotonic() - begun:.1f} s"
