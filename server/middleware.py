@@ -6,10 +6,12 @@ CallMiddleware > CORS > ApiKeyMiddleware > BodyLimitMiddleware > routes.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from server.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+LINGER_S = 0.5  # how long a refused body is still read
 CLIENT_LEFT = 499  # in the log and the metrics; nobody receives it
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 QUIET_PATHS = frozenset({"/health", "/live", "/metrics"})  # logged at debug level: probes come every second
@@ -81,6 +84,10 @@ class CallMiddleware:
         logs.log(level, "request", request=call.request_id, method=method, path=path, **fields)
 
 
+class BodyTooLarge(Exception):
+    """The body grew over the limit while it was read."""
+
+
 class BodyLimitMiddleware:
     """Refuses a body over the limit: by its announced length at once, else while it is arriving."""
 
@@ -93,7 +100,7 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         if _announced_length(scope) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
+            await self._refuse(scope, receive, send)
             return
         received = 0
 
@@ -103,14 +110,38 @@ class BodyLimitMiddleware:
             if message["type"] == "http.request":
                 received += len(message.get("body", b""))
                 if received > self._max_bytes:
-                    raise self._too_large()
+                    raise BodyTooLarge
             return message
 
-        await self.app(scope, counted, send)
+        try:
+            await self.app(scope, counted, send)
+        except BodyTooLarge:  # only a reader of the body raises it, so no answer has begun
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, then read on a little: closing on unread bytes would reset the connection, and the
+        client might never see the answer."""
+
+        async def send_and_linger(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                await send({**message, "more_body": True})
+                await _discard(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        await error_response(self._too_large())(scope, receive, send_and_linger)
 
     def _too_large(self) -> ApiError:
         message = f"The body is larger than {self._max_bytes} bytes."
         return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+
+async def _discard(receive: Receive) -> None:
+    """Drop what arrives until the body ends, for LINGER_S at most."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
 
 
 def _announced_length(scope: Scope) -> int:

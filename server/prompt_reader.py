@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from server.errors import ApiError, invalid
 from server.prompt import TemplateError
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from server.config import ServerConfig
-    from server.prompt import ChatTemplate
+    from server.prompt import ChatTemplate, RenderOptions
     from server.tokenizer import Tokenizer
     from server.wire.requests import ChatMessage, ChatRequest, TokenizeRequest
 
@@ -36,12 +36,11 @@ class PromptReader:
     limits: ServerConfig
     max_model_len: int
     vocab_size: int
-    template_source: str = ""
 
     def read(self, raw: RawPrompt, param: str, *, add_special: bool) -> Prompt:
         if isinstance(raw, str):
             self._check_chars(raw, param)
-            prompt = Prompt(tuple(self.tokenizer.encode(raw, special=add_special)), raw)
+            prompt = Prompt(tuple(self._encode(raw, begin=add_special)), raw)
         else:
             self._check_length(len(raw), param)
             check_token_ids(raw, self.vocab_size, param)
@@ -52,43 +51,65 @@ class PromptReader:
         return prompt
 
     def read_chat(self, body: ChatRequest) -> Prompt:
-        generation_prompt, continued = body.add_generation_prompt, body.continue_final_message or False
-        text = self.render(
+        continued = body.continue_final_message or False
+        begin = body.add_generation_prompt
+        text, ids = self._encode_chat(
             body.messages,
-            add_generation_prompt=not continued if generation_prompt is None else generation_prompt,
+            add_generation_prompt=not continued if begin is None else begin,
             continue_final_message=continued,
             documents=body.documents,
             kwargs=body.chat_template_kwargs,
         )
-        return self.read(text, "messages", add_special=body.add_special_tokens or False)
+        self._check_length(len(ids), "messages")
+        return Prompt(tuple(ids), text)
 
     def read_tokenize(self, body: TokenizeRequest) -> list[int]:
         """The ids of /tokenize, which may be longer than the model's context."""
-        text, special = body.prompt, body.add_special_tokens
         if body.messages is not None:
-            text = self.render(body.messages, add_generation_prompt=body.add_generation_prompt is not False)
-            special = special or False
-        assert text is not None
-        if len(text) > self.limits.max_tokenize_chars:
-            sizes = f"{len(text)} characters; at most {self.limits.max_tokenize_chars} are tokenised"
+            return self._encode_chat(
+                body.messages, add_generation_prompt=body.add_generation_prompt is not False
+            )[1]
+        assert body.prompt is not None
+        if len(body.prompt) > self.limits.max_tokenize_chars:
+            sizes = f"{len(body.prompt)} characters; at most {self.limits.max_tokenize_chars} are tokenised"
             raise invalid(f"The text has {sizes}.", "prompt", "text_too_long")
-        return self.tokenizer.encode(text, special=special is not False)
+        return self._encode(body.prompt, begin=body.add_special_tokens is not False)
 
-    def render(self, messages: Sequence[ChatMessage], **options: Any) -> str:
+    def _encode_chat(
+        self, messages: Sequence[ChatMessage], **options: Unpack[RenderOptions]
+    ) -> tuple[str, list[int]]:
+        """The template's text and its ids; what users wrote never becomes a special token."""
         if self.template is None:
             raise invalid("The model has no chat template; use /v1/completions.", "messages")
+        if len(messages) > self.limits.max_messages:
+            message = (
+                f"The request has {len(messages)} messages; at most {self.limits.max_messages} are taken."
+            )
+            raise invalid(message, "messages")
+        self._check_chars("".join(message.content or "" for message in messages), "messages")
+        dicts = [self._as_dict(message) for message in messages]
         try:
-            return self.template.render([self._as_dict(message) for message in messages], **options)
+            text, ids = self.template.encode(self.tokenizer, dicts, **options)
         except TemplateError as error:
             raise invalid(f"The chat template cannot render these messages: {error}", "messages") from None
+        if not ids:
+            raise invalid("The prompt is empty.", "messages", "empty_prompt")
+        return text, ids
+
+    def _encode(self, text: str, *, begin: bool) -> list[int]:
+        """`begin`: with the beginning-of-sequence token, where the checkpoint wants one."""
+        return self.tokenizer.encode_prompt(text) if begin else self.tokenizer.encode(text, special=True)
 
     def _as_dict(self, message: ChatMessage) -> dict[str, Any]:
         fields = message.model_dump(exclude_unset=True)
         fields["content"] = message.content or ""
         # OpenAI renamed the role; most templates know it by its old name only
-        if message.role == "developer" and "developer" not in self.template_source:
+        if message.role == "developer" and "developer" not in self._template_source():
             fields["role"] = "system"
         return fields
+
+    def _template_source(self) -> str:
+        return self.template.source if self.template else ""
 
     def _check_chars(self, text: str, param: str) -> None:
         most = self.max_model_len * self.limits.max_chars_per_token

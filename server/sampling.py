@@ -13,6 +13,7 @@ from server.prompt_reader import check_token_ids, context_exceeded
 if TYPE_CHECKING:
     from collections.abc import Sized
 
+    from engine.checkpoint import Checkpoint
     from server.config import ServerConfig
     from server.tokenizer import Tokenizer
     from server.wire.fields import GenerationFields
@@ -21,7 +22,7 @@ SEED_MASK = 2**64 - 1
 MIN_TOP_P = 1e-6  # top_p of 0 means the likeliest token
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingDefaults:
     """What applies when a request is silent; a checkpoint's generation_config may say otherwise."""
 
@@ -30,6 +31,14 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> SamplingDefaults:
+        return cls(
+            temperature=_or(checkpoint.temperature, cls.temperature),
+            top_p=_or(checkpoint.top_p, cls.top_p),
+            top_k=int(_or(checkpoint.top_k, cls.top_k)),
+        )
 
 
 def check_limits(body: GenerationFields, limits: ServerConfig, vocab_size: int) -> None:

@@ -61,7 +61,7 @@ async def serve(service: Service, config: Config) -> int:
             http.force_exit = at_once.is_set()
             engine_task.cancel()
             await asyncio.gather(http_task, engine_task, return_exceptions=True)
-            await service.client.close()
+            await service.close()
             listener.close()
             logs.info("stopped")
 

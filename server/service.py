@@ -8,32 +8,33 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.to_thread
 
+from engine.checkpoint import Checkpoint, locate
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics
+from server.prompt import ChatTemplate, TemplateLimits
 from server.prompt_reader import PromptReader
 from server.sampling import SamplingDefaults, base_sampling, check_limits, check_max_tokens, fit_max_tokens
 from server.streams import Generation, TextOptions
+from server.tokenizer import Tokenizer
 from server.version import octavo_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from engine.checkpoint import Checkpoint
     from engine.client import EngineClient
     from engine.messages import Ready, StepOutput
     from scheduler.types import SamplingParams
-    from server.config import Config
-    from server.prompt import ChatTemplate
+    from server.config import Config, ServerConfig
     from server.prompt_reader import Prompt
-    from server.tokenizer import Tokenizer
     from server.wire.fields import GenerationFields
 
 T = TypeVar("T")
@@ -140,7 +141,6 @@ class Service:
             limits=self.config.server,
             max_model_len=self.max_model_len,
             vocab_size=self.vocab_size,
-            template_source=self.checkpoint.chat_template or "",
         )
 
     async def in_thread(self, work: Callable[[], T]) -> T:
@@ -289,6 +289,12 @@ class Service:
             return False
         return True
 
+    async def close(self) -> None:
+        """Stop the engine and the template's process."""
+        await self.client.close()
+        if self.template is not None:
+            self.template.close()
+
     async def report_throughput(self, interval_s: float = 10.0) -> None:
         """A line per interval in which tokens were computed. Runs until cancelled."""
         prompt = output = 0
@@ -312,6 +318,32 @@ class Service:
             prefix_hits=round(stats.prefix_hit_tokens / max(1, stats.prefix_query_tokens), 3),
             preemptions=stats.num_preemptions,
         )
+
+
+def build_service(config: Config, client: EngineClient) -> Service:
+    """Find the checkpoint and read its text side. Raises CheckpointError or OSError, in one line."""
+    checkpoint = locate(config.engine.model, config.engine.revision)
+    return Service(
+        config,
+        Tokenizer.from_checkpoint(checkpoint),
+        _template(config.server, checkpoint),
+        checkpoint,
+        client,
+        SamplingDefaults.of(checkpoint),
+    )
+
+
+def _template(config: ServerConfig, checkpoint: Checkpoint) -> ChatTemplate | None:
+    """The file named in the configuration, or the checkpoint's own; its process starts at once."""
+    source = checkpoint.chat_template
+    if config.chat_template:
+        source = Path(config.chat_template).expanduser().read_text("utf-8")
+    if not source:
+        return None
+    limits = TemplateLimits(max_chars=config.max_template_output_chars, timeout_s=config.template_timeout_s)
+    template = ChatTemplate(source, checkpoint.special_tokens, limits)
+    template.start()
+    return template
 
 
 def new_id(prefix: str) -> str:

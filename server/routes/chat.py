@@ -47,9 +47,6 @@ def chat_router(service: Service) -> APIRouter:
 
 
 def _check(body: ChatRequest, limits: ServerConfig) -> None:
-    if len(body.messages) > limits.max_messages:
-        message = f"The request has {len(body.messages)} messages; at most {limits.max_messages} are taken."
-        raise invalid(message, "messages")
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
     if body.top_logprobs is not None and body.top_logprobs > limits.max_logprobs:

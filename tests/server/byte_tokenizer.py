@@ -14,7 +14,10 @@ class ByteTokenizer:
     is_byte_level: bool = True
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        return [*([BOS] if special and self.add_bos else []), *text.encode()]
+        return [*text.encode()]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [*([BOS] if self.add_bos else []), *text.encode()]
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         parts = [self.token_bytes(token) for token in ids if not (skip_special and self.is_special(token))]

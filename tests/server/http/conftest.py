@@ -29,11 +29,21 @@ MODEL = "org/fake"
 class PlainTemplate:
     """role: content, one message a line."""
 
-    def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **rest: Any
-    ) -> str:
+    source = ""
+
+    def encode(
+        self,
+        tokenizer: ByteTokenizer,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **rest: Any,
+    ) -> tuple[str, list[int]]:
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return "".join(lines) + ("assistant: " if add_generation_prompt else "")
+        text = "".join(lines) + ("assistant: " if add_generation_prompt else "")
+        return text, tokenizer.encode(text, special=True)
+
+    def close(self) -> None: ...
 
 
 @dataclass

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from server.logs import JsonFormatter, PlainFormatter, sanitise
+from tests.server.http.conftest import MODEL, Running, running
+from tests.server.http.test_bad_input import check_envelope
+
+
+def test_models(server: Running) -> None:
+    listed = server.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == [MODEL]
+    assert listed["data"][0]["max_model_len"] == 256
+    assert server.get(f"/v1/models/{MODEL}").json() == listed["data"][0]
+
+
+def test_served_name_replaces_the_checkpoints() -> None:
+    with running(served_model_name="mine") as server:
+        assert server.complete(model="mine", max_tokens=1)["model"] == "mine"
+        assert server.post("/v1/completions", {"prompt": "x", "model": MODEL}).status_code == 404
+
+
+def test_tokenize_and_back(server: Running) -> None:
+    answer = server.post("/tokenize", {"prompt": "hé", "return_token_strs": True}).json()
+    assert answer == {
+        "count": 3,
+        "max_model_len": 256,
+        "tokens": [*"hé".encode()],
+        "token_strs": ["h", "\ufffd", "\ufffd"],
+    }
+    assert server.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": "hé"}
+    chat = server.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]}).json()
+    assert bytes(chat["tokens"]) == b"user: x\nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"prompt": "a" * 2_000_000}, "prompt"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [5000]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens.0"),
+    ],
+)
+def test_bad_token_requests(server: Running, path: str, body: dict[str, object], param: str) -> None:
+    answer = server.post(path, body)
+    assert answer.status_code == 400
+    assert check_envelope(answer.json())["param"] == param
+
+
+def test_version_and_docs(server: Running) -> None:
+    assert server.get("/version").json()["version"]
+    assert server.get("/docs").status_code == 200
+    document = server.get("/openapi.json").json()
+    assert {"/v1/completions", "/v1/chat/completions", "/tokenize"} <= set(document["paths"])
+    schemas = document["components"]["schemas"]
+    for name in ("CompletionRequest", "ChatRequest", "Completion", "ChatCompletion", "ErrorEnvelope"):
+        assert name in schemas
+    references = [part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]]
+    assert set(references) <= set(schemas)
+
+
+def test_the_server_never_imports_torch() -> None:
+    code = (
+        "import sys, server.serve; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_log_lines_name_the_request_and_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("octavo")
+    logger.propagate = True
+    with caplog.at_level(logging.INFO, "octavo"), running() as server:
+        body = {"prompt": "secret words", "max_tokens": 2, "odd\x1b[0m": 1}
+        server.post("/v1/completions", body, headers={"x-request-id": "my-id"})
+    lines = [PlainFormatter().format(record) for record in caplog.records]
+    done = next(line for line in lines if "path=/v1/completions" in line)
+    assert "request=my-id" in done
+    assert "status=200" in done
+    assert "output_tokens=2" in done
+    assert "finish=length" in done
+    assert any("ignored fields" in line and "odd?[0m" in line for line in lines)
+    assert not any("secret" in line for line in lines)
+    as_json = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    assert any(line["event"] == "request" and line["status"] == 200 for line in as_json)
+
+
+def test_prompts_and_outputs_are_logged_on_request(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("octavo").propagate = True
+    with caplog.at_level(logging.INFO, "octavo"), running(log_prompts=True) as server:
+        server.complete(prompt="the words", max_tokens=3)
+    lines = [PlainFormatter().format(record) for record in caplog.records]
+    assert any(line.endswith('text="the words"') for line in lines)
+    assert any(line.endswith("text=abc") for line in lines)
+
+
+def test_sanitised_text_is_one_short_line() -> None:
+    assert sanitise("a\nb\x1b\u2028c") == "a?b??c"
+    assert len(sanitise("x" * 10_000)) == 201

@@ -1,0 +1,134 @@
+"""The process: listening before ready, draining on SIGTERM, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SCRIPT = """
+import asyncio, sys
+from engine.client import EngineDead
+from server.serve import serve
+from tests.server.fake_engine import FakeEngine
+from tests.server.http.conftest import make_service
+
+class Dying(FakeEngine):
+    async def start(self):
+        raise EngineDead("no such model")
+
+async def main():
+    kind, drain_timeout_s = sys.argv[1], float(sys.argv[2])
+    engine = Dying() if kind == "dying" else FakeEngine(step_s=0.02)
+    service = make_service(engine, port=0, log_format="json", drain_timeout_s=drain_timeout_s)
+    if kind == "dies":
+        asyncio.get_running_loop().call_later(0.5, lambda: engine.dead.set_result("killed thrice"))
+    return await serve(service, service.config)
+
+sys.exit(asyncio.run(main()))
+"""
+
+
+class Process:
+    def __init__(self, kind: str, drain_timeout_s: float) -> None:
+        command = [sys.executable, "-c", SCRIPT, kind, str(drain_timeout_s)]
+        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def next_event(self, name: str) -> dict[str, object]:
+        """Log lines up to the one of that event."""
+        assert self.popen.stderr is not None
+        seen = []
+        for line in self.popen.stderr:
+            seen.append(line)
+            if line.startswith("{") and (event := json.loads(line))["event"] == name:
+                return event  # type: ignore[no-any-return]
+        raise AssertionError(f"no {name!r} in {seen}")
+
+
+@contextmanager
+def process(kind: str = "plain", drain_timeout_s: float = 10.0) -> Iterator[Process]:
+    started = Process(kind, drain_timeout_s)
+    try:
+        yield started
+    finally:
+        started.popen.kill()
+        started.popen.communicate(timeout=10)
+
+
+def test_sigterm_drains_and_exits_0() -> None:
+    with process() as server:
+        url = str(server.next_event("listening")["url"])
+        server.next_event("ready")
+        texts: list[str] = []
+        body = {"prompt": "x", "max_tokens": 40, "stream": True}
+
+        def run() -> None:
+            texts.append(httpx.post(f"{url}/v1/completions", json=body, timeout=20).text)
+
+        client = threading.Thread(target=run)
+        client.start()
+        while "vllm:num_requests_running" in (page := httpx.get(f"{url}/metrics").text):
+            if 'vllm:num_requests_running{model_name="org/fake"} 1.0' in page:
+                break
+        server.popen.send_signal(signal.SIGTERM)
+        server.next_event("draining")
+        refused = httpx.post(f"{url}/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert server.popen.wait(10) == 0
+        client.join(5)
+        assert texts[0].count('"text":') == 40
+        assert texts[0].endswith("[DONE]\n\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_server_stops_at_once(number: signal.Signals) -> None:
+    with process() as server:
+        server.next_event("ready")
+        server.popen.send_signal(number)
+        assert server.popen.wait(5) == 0
+
+
+def test_second_signal_does_not_wait() -> None:
+    with process(drain_timeout_s=60) as server:
+        url = str(server.next_event("listening")["url"])
+        server.next_event("ready")
+        body = {"prompt": "x", "max_tokens": 250, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as stream:
+            next(stream.iter_raw())
+            server.popen.send_signal(signal.SIGTERM)
+            server.next_event("draining")
+            server.popen.send_signal(signal.SIGTERM)
+            assert server.popen.wait(5) == 1
+
+
+@pytest.mark.parametrize(("kind", "cause"), [("dying", "no such model"), ("dies", "killed thrice")])
+def test_engine_death_is_one_line_and_status_1(kind: str, cause: str) -> None:
+    with process(kind) as server:
+        assert server.next_event("engine dead")["cause"] == cause
+        assert server.popen.wait(5) == 1
+
+
+def test_port_in_use_is_one_line() -> None:
+    code = """
+import asyncio, socket, sys
+from server.serve import serve
+from tests.server.fake_engine import FakeEngine
+from tests.server.http.conftest import make_service
+taken = socket.create_server(("127.0.0.1", 0))
+service = make_service(FakeEngine(), port=taken.getsockname()[1])
+sys.exit(asyncio.run(serve(service, service.config)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "cannot listen" in done.stderr
+    assert "Traceback" not in done.stderr
