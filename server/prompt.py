@@ -1,0 +1,104 @@
+"""From the messages of a chat to the prompt's text and ids, by the checkpoint's chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
+
+from server.special_text import FreeCharacters, SpecialTextMask, strings_in
+from server.template_process import TemplateError, TemplateLimits, TemplateProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from server.tokenizer import Tokenizer
+
+__all__ = ["ChatTemplate", "RenderOptions", "TemplateError", "TemplateLimits"]
+
+Message = dict[str, Any]
+
+
+class RenderOptions(TypedDict, total=False):
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    add_generation_prompt: bool  # default True
+    continue_final_message: bool  # the prompt ends where the last message does; default False
+    kwargs: Mapping[str, Any] | None  # the request's own variables for the template
+
+
+class ChatTemplate:
+    """A Jinja template in a process of its own, bounded in time, memory and output. Any thread may call.
+
+    `special_tokens` are the variables bos_token, eos_token and their like.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        limits: TemplateLimits | None = None,
+    ) -> None:
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        self._process = TemplateProcess(source, limits or TemplateLimits())
+
+    def start(self) -> None:
+        """Start the process without waiting for it, so that the first rendering need not."""
+        self._process.start()
+
+    def close(self) -> None:
+        self._process.close()
+
+    def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> str:
+        """The prompt's text. Raises TemplateError in one line."""
+        return self._render(messages, options, self._free_characters(messages, options))
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], **options: Unpack[RenderOptions]
+    ) -> tuple[str, list[int]]:
+        """The prompt's text and ids. Special tokens come from the template alone: the same characters
+        in a message are plain text. Raises TemplateError in one line."""
+        free = self._free_characters(messages, options)
+        mask = SpecialTextMask(tokenizer.special_texts, free)
+        masked = cast("RenderOptions", {name: mask.apply(value) for name, value in options.items()})
+        text = self._render(mask.apply(messages), masked, free)
+        return mask.restore(text), tokenizer.encode_masked(text, mask.plain)
+
+    def _free_characters(self, messages: Sequence[Message], options: RenderOptions) -> FreeCharacters:
+        return FreeCharacters((self.source, *strings_in(messages), *strings_in(options)))
+
+    def _render(self, messages: Sequence[Message], options: RenderOptions, free: FreeCharacters) -> str:
+        add_generation_prompt, mark = options.get("add_generation_prompt", True), ""
+        if options.get("continue_final_message"):
+            if add_generation_prompt:
+                raise TemplateError("continue_final_message contradicts add_generation_prompt")
+            mark = free.take()
+            messages = _marked(messages, mark)
+        given = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": options.get("tools"),
+            "documents": options.get("documents"),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._process.render(given, options.get("kwargs") or {})
+        return _until(text, mark) if mark else text
+
+
+def _marked(messages: Sequence[Message], mark: str) -> list[Message]:
+    """The messages with `mark` and a space after the last one's text: see `_until`."""
+    *earlier, last = messages or [{}]
+    content = last.get("content")
+    if isinstance(content, str):
+        return [*earlier, {**last, "content": f"{content}{mark} "}]
+    if isinstance(content, list) and content and isinstance(content[-1], dict) and "text" in content[-1]:
+        part = {**content[-1], "text": f"{content[-1]['text']}{mark} "}
+        return [*earlier, {**last, "content": [*content[:-1], part]}]
+    raise TemplateError("continue_final_message needs a last message with text")
+
+
+def _until(text: str, mark: str) -> str:
+    """The text before `mark`. Where the template trimmed the space after it, it trims the text as well."""
+    at = text.rfind(mark)
+    if at < 0:
+        raise TemplateError("continue_final_message: the template does not show the last message")
+    return text[:at] if text.startswith(f"{mark} ", at) else text[:at].rstrip()
