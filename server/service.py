@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 import anyio.to_thread
 
-from engine.checkpoint import Checkpoint, locate
+from engine.checkpoint import Checkpoint, CheckpointError, locate
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
@@ -321,7 +321,7 @@ class Service:
 
 
 def build_service(config: Config, client: EngineClient) -> Service:
-    """Find the checkpoint and read its text side. Raises CheckpointError or OSError, in one line."""
+    """Find the checkpoint and read its text side. Raises CheckpointError, in one line."""
     checkpoint = locate(config.engine.model, config.engine.revision)
     return Service(
         config,
@@ -337,7 +337,10 @@ def _template(config: ServerConfig, checkpoint: Checkpoint) -> ChatTemplate | No
     """The file named in the configuration, or the checkpoint's own; its process starts at once."""
     source = checkpoint.chat_template
     if config.chat_template:
-        source = Path(config.chat_template).expanduser().read_text("utf-8")
+        try:
+            source = Path(config.chat_template).expanduser().read_text("utf-8")
+        except (OSError, UnicodeError) as error:
+            raise CheckpointError(f"chat_template {config.chat_template}: {error}") from error
     if not source:
         return None
     limits = TemplateLimits(max_chars=config.max_template_output_chars, timeout_s=config.template_timeout_s)
