@@ -50,7 +50,7 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def write_kv(cache: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
-    """Put new [n, Hkv, D] into cache [num_pages, Hkv, page_size, D] at flat (page, head, slot) rows [n * Hkv]."""
+    """Put new [n, Hkv, D] into cache [pages, Hkv, page_size, D] at flat (page, head, slot) rows [n * Hkv]."""
     cache.view(-1, cache.shape[-1]).index_copy_(0, rows, new.reshape(-1, new.shape[-1]).to(cache.dtype))
 
 

@@ -83,7 +83,7 @@ class Runner:
             return _Work(piece, sequence, first)
         end = piece.start + len(piece.tokens)
         committed = len(sequence.tokens)
-        places = ()
+        places: tuple[Place, ...] = ()
         if end == committed + piece.num_window:
             # A row after the last committed token, if it is computed now, and one after each window token.
             drafts = piece.tokens[len(piece.tokens) - piece.num_window :]

@@ -1,0 +1,107 @@
+"""Where a step's time goes with 32 sequences decoding: the Python side, phase by phase, and the arithmetic.
+
+    python -m tests.bench.profile_step [--sequences 32] [--steps 200] [--cprofile]
+
+The Python side is everything but the forward pass and the draw: taking the plan, building the arrays,
+decoding methods, applying, reporting, encoding the message. Times are wall clock of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from engine import runner as runner_module
+from engine.building import build_engine
+from engine.config import EngineConfig
+from engine.messages import Submit
+from scheduler.config import SchedulerConfig
+from scheduler.types import Request, SamplingParams
+
+PROMPT_LEN = 128
+ARITHMETIC = ("forward", "sample")
+
+
+class Laps:
+    """Microseconds per phase and step."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, float] = defaultdict(float)
+        self.steps: list[dict[str, float]] = []
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.now[name] += (time.perf_counter() - begun) * 1e6
+
+        return call
+
+    def close_step(self) -> None:
+        self.steps.append(dict(self.now))
+        self.now.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--cprofile", action="store_true")
+    asked = parser.parse_args()
+    scheduling = SchedulerConfig(max_num_seqs=asked.sequences, num_pages=8192)
+    core = build_engine(EngineConfig(scheduler=scheduling)).core
+    for number in range(asked.sequences):
+        prompt = tuple((number * 7919 + place * 104729) % 49000 for place in range(PROMPT_LEN))
+        sampling = SamplingParams(temperature=0.0, max_tokens=asked.steps + 64)
+        core.handle(Submit(Request(request_id=f"r{number}", prompt_ids=prompt, sampling=sampling)))
+    while core.scheduler.stats().num_waiting or len(core.step().outputs) < asked.sequences:
+        pass
+
+    laps = Laps()
+    encode = laps.timed("encode", msgspec.msgpack.Encoder().encode)
+    runner = core.runner
+    runner.batches.build = laps.timed("build", runner.batches.build)  # type: ignore[method-assign]
+    runner.model.forward = laps.timed("forward", runner.model.forward)  # type: ignore[method-assign]
+    runner_module.sample = laps.timed("sample", runner_module.sample)  # type: ignore[assignment]
+    scheduler = core.scheduler
+    scheduler.plan = laps.timed("plan", scheduler.plan)  # type: ignore[method-assign]
+    scheduler.apply = laps.timed("apply", scheduler.apply)  # type: ignore[method-assign]
+    scheduler.stats = laps.timed("stats", scheduler.stats)  # type: ignore[method-assign]
+    step = laps.timed("whole step", core.step)
+    profile = cProfile.Profile()
+    for _ in range(asked.steps):
+        if asked.cprofile:
+            profile.enable()
+        encode(step())
+        profile.disable()
+        laps.close_step()
+    report(laps)
+    if asked.cprofile:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+def report(laps: Laps) -> None:
+    for lap in laps.steps:
+        inner = sum(value for name, value in lap.items() if name not in ("whole step", "encode"))
+        lap["rest"] = lap["whole step"] - inner
+        arithmetic = sum(lap[name] for name in ARITHMETIC)
+        lap["python side"] = lap["whole step"] + lap["encode"] - arithmetic
+    print(f"{'phase':<12} {'p50 us':>9} {'p99 us':>9} {'max us':>9}")
+    for name in ("plan", "build", "forward", "sample", "apply", "stats", "rest", "encode", "python side"):
+        values = sorted(lap.get(name, 0.0) for lap in laps.steps)
+        p99 = values[min(len(values) - 1, int(len(values) * 0.99))]
+        print(f"{name:<12} {statistics.median(values):>9.0f} {p99:>9.0f} {values[-1]:>9.0f}")
+
+
+if __name__ == "__main__":
+    main()
