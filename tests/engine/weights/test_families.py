@@ -1,0 +1,149 @@
+"""Configurations become the right shape, or are refused by the name of the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.models.config import RopeScaling
+from engine.models.families import from_config_json, from_gguf
+from engine.weights.errors import CheckpointError
+from tests.engine.weights.gguf_bytes import TINY_METADATA
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def test_config_json() -> None:
+    config = from_config_json(LLAMA | {"rope_theta": 5e5, "pretraining_tp": 1, "auto_map": {"x": "y.Z"}})
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (2, 8, 5e5)
+    assert config.tie_embeddings
+    assert config.rope_scaling is None
+    assert from_config_json(LLAMA | {"head_dim": 16}).head_dim == 16
+    assert from_config_json(LLAMA | {"num_key_value_heads": None}).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    ],
+)
+def test_both_spellings_of_the_rotary_settings(rope: dict[str, Any]) -> None:
+    config = from_config_json(LLAMA | rope)
+    assert config.rope_theta == 5e5
+    assert config.rope_scaling == RopeScaling(
+        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    )
+
+
+def test_the_older_word_for_the_kind_of_scaling() -> None:
+    config = from_config_json(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}})
+    assert config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"architectures": ["OtherForCausalLM"], "auto_map": {"AutoModel": "evil.Model"}},
+            "OtherForCausalLM",
+        ),
+        ({"architectures": None}, "architectures"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"sliding_window": 4096}, "sliding_window = 4096"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope_parameters.rope_type"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size = '64'"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"vocab_size": 2**40}, "vocab_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"num_key_value_heads": 3}, "8 attention heads"),
+        ({"head_dim": 7}, "head size 7"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        from_config_json(LLAMA | change)
+    assert named in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_gguf_metadata() -> None:
+    config = from_gguf(TINY_METADATA | {"llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06})
+    assert (config.hidden_size, config.num_heads, config.head_dim, config.vocab_size) == (32, 4, 8, 4)
+    assert config.rms_norm_eps == 1e-5
+
+
+def llama3_factors(factor: float, head_dim: int, base: float) -> tuple[float, ...]:
+    """As the converter of llama.cpp writes them."""
+    found = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * 3.141592653589793 * base ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            found.append(1.0)
+        elif wavelength > 8192:
+            found.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / 3
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(found)
+
+
+def test_gguf_rope_factors_of_llama3() -> None:
+    wide = TINY_METADATA | {"llama.attention.key_length": 64, "llama.rope.freq_base": 5e5}
+    config = from_gguf(wide, llama3_factors(32.0, 64, 5e5))
+    assert config.rope_scaling == RopeScaling(
+        kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+    )
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        from_gguf(wide, tuple(range(1, 33)))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"general.architecture": "mamba"}, "general.architecture = 'mamba'"),
+        ({"llama.expert_count": 8}, "llama.expert_count = 8"),
+        ({"llama.attention.sliding_window": 128}, "llama.attention.sliding_window"),
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
+        ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4"),
+        ({"llama.block_count": (1, 2)}, "block_count"),
+    ],
+)
+def test_gguf_metadata_that_is_not_supported(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        from_gguf(TINY_METADATA | change)
+    assert named in str(caught.value)
