@@ -38,6 +38,7 @@ class BatchBuilder:
         ops: Operations,
         page_size: int,
         max_model_len: int,
+        max_num_seqs: int,
         device: torch.device,
     ) -> None:
         self.config = config
@@ -45,27 +46,36 @@ class BatchBuilder:
         self.page_size = page_size
         self.max_pages = -(-max_model_len // page_size)
         self.device = device
-        self.tables: dict[int, NDArray[np.int64]] = {}
+        self._tables = np.zeros((max_num_seqs, self.max_pages), dtype=np.int64)
+        self._row_of: dict[int, int] = {}  # sequence -> row of the tables
+        self._free_rows = list(range(max_num_seqs))
+
+    @property
+    def num_tables(self) -> int:
+        return len(self._row_of)
 
     def release(self, seq_id: int) -> None:
         """The sequence holds no pages any more. Unknown ones are ignored."""
-        self.tables.pop(seq_id, None)
+        row = self._row_of.pop(seq_id, None)
+        if row is not None:
+            self._free_rows.append(row)
 
-    def pages_of(self, seq_id: int, num_slots: int) -> list[int]:
-        used = -(-num_slots // self.page_size)
-        return [int(page) for page in self.tables[seq_id][:used]]
+    def pages_of(self, seq_id: int, first_slot: int, num_slots: int) -> list[int]:
+        """The pages that hold slots first_slot .. num_slots of a sequence."""
+        first, stop = first_slot // self.page_size, -(-num_slots // self.page_size)
+        pages: list[int] = self._tables[self._row_of[seq_id], first:stop].tolist()
+        return pages
 
     def build(self, plan: StepPlan) -> Batch:
         slices = plan.slices
-        for piece in slices:
-            self._extend_table(piece)
+        rows_of_tables = [self._extended_table(piece) for piece in slices]
         counts = np.array([len(piece.tokens) for piece in slices], dtype=np.int64)
         starts = np.array([piece.start for piece in slices], dtype=np.int64)
         first_rows = np.cumsum(counts) - counts
         owner = np.repeat(np.arange(len(slices)), counts)
         slots = np.arange(len(owner)) + (starts - first_rows)[owner]
         lengths = starts + counts
-        pages = self._stack_tables(slices, int(lengths.max()))
+        pages = self._tables[rows_of_tables, : -(-int(lengths.max()) // self.page_size)]
         ends, words = _visibility(slices, slots, first_rows)
         table = SliceTable(first_rows, counts, lengths, pages, ends, words, self.page_size)
         rows = Rows(
@@ -82,17 +92,15 @@ class BatchBuilder:
         first_logits = tuple(int(first) for first in np.cumsum(wanted_counts) - wanted_counts)
         return Batch(rows, first_logits)
 
-    def _extend_table(self, piece: Slice) -> None:
-        table = self.tables.get(piece.seq_id)
-        if table is None:
-            table = self.tables[piece.seq_id] = np.zeros(self.max_pages, dtype=np.int64)
+    def _extended_table(self, piece: Slice) -> int:
+        """-> the row of the slice's page table, which knows its new pages"""
+        row = self._row_of.get(piece.seq_id)
+        if row is None:
+            row = self._row_of[piece.seq_id] = self._free_rows.pop()
         if piece.new_pages:
             first = piece.first_new_page
-            table[first : first + len(piece.new_pages)] = piece.new_pages
-
-    def _stack_tables(self, slices: tuple[Slice, ...], longest: int) -> NDArray[np.int64]:
-        used = -(-longest // self.page_size)
-        return np.stack([self.tables[piece.seq_id][:used] for piece in slices])
+            self._tables[row, first : first + len(piece.new_pages)] = piece.new_pages
+        return row
 
     def _kv_rows(self, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> torch.Tensor:
         """Flat rows in [num_pages, Hkv, page_size]: one per token and head."""

@@ -69,7 +69,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     settings = _with_pages(config, checkpoint, dtype, device, max_model_len)
     storage = KVStorage(shape, settings.num_pages, settings.page_size, dtype, device)
     scheduler = Scheduler(settings, time.monotonic, max_model_len)
-    batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, device)
+    batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
     core = EngineCore(scheduler, Runner(model, storage, batches, scheduler), shape.vocab_size)
     watch.lap("lay out pages")
     ready = Ready(

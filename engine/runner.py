@@ -101,16 +101,11 @@ class Runner:
             return Outcome(Advance(piece.seq_id, (), known, sequence.window), prompt_logprobs=scored)
         for row in range(used, used + len(work.places)):
             if row in drawn.errors:
-                self.storage.clear(
-                    self.batches.pages_of(piece.seq_id, piece.start + len(piece.tokens))[
-                        piece.start // self.storage.page_size :
-                    ]
-                )
+                end = piece.start + len(piece.tokens)
+                self.storage.clear(self.batches.pages_of(piece.seq_id, piece.start, end))
                 return Outcome(Advance(piece.seq_id, (), 0, error=drawn.errors[row]))
-        begin = work.first + work.num_scored
-        rows = logits[begin : begin + len(work.places)]
         tokens = tuple(drawn.tokens[used : used + len(work.places)])
-        draws = Draws(len(tokens) > piece.num_window, tokens, rows)
+        draws = Draws(len(tokens) > piece.num_window, tokens, logits, work.first + work.num_scored)
         decision = self._method(sequence).decide(sequence, draws)
         advance = Advance(
             seq_id=piece.seq_id,
@@ -118,7 +113,7 @@ class Runner:
             num_valid=known + decision.num_window_kept,
             window=self._bounded(sequence, decision),
         )
-        return Outcome(advance, _logprobs(sequence, decision), scored)
+        return Outcome(advance, _logprobs(sequence, draws, decision), scored)
 
     def _method(self, sequence: Sequence) -> DecodingMethod:
         method = self.methods.get(sequence.seq_id)
@@ -148,10 +143,11 @@ def _sampled_rows(work: _Work) -> range:
     return range(begin, begin + len(work.places))
 
 
-def _logprobs(sequence: Sequence, decision: Decision) -> tuple[TokenLogprobs, ...] | None:
+def _logprobs(sequence: Sequence, draws: Draws, decision: Decision) -> tuple[TokenLogprobs, ...] | None:
     count = sequence.request.sampling.logprobs
     if count is None:
         return None
     if not decision.committed:
         return ()
-    return tuple(logprobs_of(decision.logits, list(decision.committed), count))
+    logits = draws.logits[: len(decision.committed)] if decision.logits is None else decision.logits
+    return tuple(logprobs_of(logits, list(decision.committed), count))

@@ -13,4 +13,4 @@ if TYPE_CHECKING:
 class Autoregressive:
     def decide(self, sequence: Sequence, draws: Draws) -> Decision:
         del sequence
-        return Decision(committed=draws.tokens, logits=draws.logits)
+        return Decision(committed=draws.tokens)

@@ -24,24 +24,32 @@ class Draws:
     nothing was committed since (`after_last` is False).
 
     tokens[r] is the target's own sample after row r, with the noise of that place: what plain decoding
-    would commit there, if the window tokens before it were right. logits: float32 [rows, V]; it lives as
-    long as the step, so a method that needs it later keeps a copy.
+    would commit there, if the window tokens before it were right.
     """
 
     after_last: bool
     tokens: tuple[int, ...]
-    logits: torch.Tensor
+    step_logits: torch.Tensor  # float32 [R, V] of the whole step, beginning at ...
+    first_row: int
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """float32 [rows, V]; it lives as long as the step, so a method that needs it later keeps a copy."""
+        return self.step_logits[self.first_row : self.first_row + len(self.tokens)]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Tokens to commit, float32 [n, V] the logits that chose them (for log-probabilities), how many
-    leading window slots keep their KV, and what is to be computed next beyond the committed tokens."""
+    """Tokens to commit, how many leading window slots keep their KV, and what is to be computed next.
+
+    `logits`, float32 [n, V], chose the committed tokens (for log-probabilities); None = the first n rows
+    of this step's draws did.
+    """
 
     committed: tuple[int, ...]
-    logits: torch.Tensor
     num_window_kept: int = 0
     window: Window = EMPTY_WINDOW
+    logits: torch.Tensor | None = None
 
 
 class DecodingMethod(Protocol):

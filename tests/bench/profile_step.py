@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import pstats
 import statistics
 import time
@@ -64,9 +65,11 @@ def main() -> None:
         prompt = tuple((number * 7919 + place * 104729) % 49000 for place in range(PROMPT_LEN))
         sampling = SamplingParams(temperature=0.0, max_tokens=asked.steps + 64)
         core.handle(Submit(Request(request_id=f"r{number}", prompt_ids=prompt, sampling=sampling)))
-    while core.scheduler.stats().num_waiting or len(core.step().outputs) < asked.sequences:
-        pass
+    while len(core.step().outputs) < asked.sequences:
+        pass  # prompts are still being computed
 
+    gc.collect()
+    gc.freeze()  # as the engine process does
     laps = Laps()
     encode = laps.timed("encode", msgspec.msgpack.Encoder().encode)
     runner = core.runner

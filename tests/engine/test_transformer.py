@@ -48,7 +48,7 @@ class Bench:
         ops = pick(CPU)
         self.model = Transformer(config, weights, ops)
         self.storage = KVStorage(config, 64, PAGE, torch.float32, CPU)
-        self.batches = BatchBuilder(config, ops, PAGE, 512, CPU)
+        self.batches = BatchBuilder(config, ops, PAGE, 512, 4, CPU)
         self.next_page = 0
         self.tables: dict[int, int] = {}
 

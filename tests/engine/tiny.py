@@ -72,7 +72,7 @@ def tiny_core(**settings: object) -> EngineCore:
     model = Transformer(TINY, random_weights(TINY), ops)
     storage = KVStorage(TINY, scheduling.num_pages, scheduling.page_size, torch.float32, CPU)
     scheduler = Scheduler(scheduling, time.monotonic, TINY.max_positions)
-    batches = BatchBuilder(TINY, ops, scheduling.page_size, TINY.max_positions, CPU)
+    batches = BatchBuilder(TINY, ops, scheduling.page_size, TINY.max_positions, scheduling.max_num_seqs, CPU)
     return EngineCore(scheduler, Runner(model, storage, batches, scheduler), TINY.vocab_size)
 
 
@@ -125,7 +125,7 @@ def run(core: EngineCore, *requests: Request, checked: bool = True) -> dict[tupl
     if checked:
         check_empty(core.scheduler)
         assert not core.runner.methods, "a decoding method outlived its sequence"
-        assert not core.runner.batches.tables, "a page table outlived its sequence"
+        assert not core.runner.batches.num_tables, "a page table outlived its sequence"
     return heard
 
 

@@ -31,7 +31,7 @@ class LineGuesser:
             self.tokens, self.logits = draws.tokens[:1], draws.logits[:1].clone()
         if window and self.random.random() < 0.2:
             self.commits.append(0)
-            return Decision((), self.logits[:0], window=_line(window))
+            return Decision((), window=_line(window))
         tokens = self.tokens + draws.tokens[draws.after_last :]
         logits = torch.cat((self.logits, draws.logits[draws.after_last :]))
         agreed = 0
