@@ -55,23 +55,43 @@ def _load_folder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devic
 def _load_gguf(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
     file, config = checkpoint.gguf, checkpoint.transformer
     assert file is not None, "a GGUF checkpoint carries its parsed header"
-    weights = {}
-    with _mapped(file) as data, _verified(checkpoint, data):
-        for name, shape in expected_shapes(config):
-            info = file.tensors.get(gguf_name(name))
-            if info is None:
-                raise _missing(checkpoint, name, gguf_name(name))
-            _check_shape(checkpoint, info.name, info.shape, shape)
-            if not can_dequantise(info.type):
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensor '{info.name}' has the type {info.type.name}, "
-                    "which is not supported"
-                )
-            raw = torch.frombuffer(data, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
-            raw = _half_split_order(raw.to(device), info, name, config)
-            weights[name] = dequantise(raw, info.type, dtype).view(shape)
-            del raw  # the map cannot be closed while a tensor looks into it
-    return weights
+    places = {name: _place(checkpoint, file, name, shape) for name, shape in expected_shapes(config)}
+
+    def load(name: str, info: TensorInfo) -> torch.Tensor:
+        raw = torch.frombuffer(data, dtype=torch.uint8, count=info.num_bytes, offset=info.offset)
+        raw = _half_split_order(raw.to(device), info, name, config)
+        return dequantise(raw, info.type, dtype).view(info.shape)
+
+    with _mapped(file) as data, _verified(checkpoint, data), _whole_tensors_in_parallel() as pool:
+        return dict(zip(places, pool.map(load, places.keys(), places.values()), strict=True))
+
+
+def _place(checkpoint: Checkpoint, file: GGUFFile, name: str, shape: Shape) -> TensorInfo:
+    """Where the tensor lies, checked against what the model expects."""
+    info = file.tensors.get(gguf_name(name))
+    if info is None:
+        raise _missing(checkpoint, name, gguf_name(name))
+    _check_shape(checkpoint, info.name, info.shape, shape)
+    if not can_dequantise(info.type):
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor '{info.name}' has the type {info.type.name}, which is not supported"
+        )
+    return info
+
+
+@contextmanager
+def _whole_tensors_in_parallel() -> Iterator[ThreadPoolExecutor]:
+    """Each thread has tensors of its own, and no operation is spread over threads: widening is thousands
+    of short operations, and where another process holds a core (the server starts at the same time) each
+    of them would wait for its other half. One core is left to that process and to the hash.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max(1, num_threads - 1), thread_name_prefix="weights") as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _half_split_order(
