@@ -86,10 +86,11 @@ class Daemon:
         return totals
 
     def engine_pid(self) -> int:
-        """The one child process."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        assert len(children) == 1
-        return int(children[0])
+        (engine,) = [
+            pid for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        return int(engine)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
