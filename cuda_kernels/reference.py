@@ -81,6 +81,7 @@ class ReferenceAttention:
         self.num_kv_heads = num_kv_heads
         self.group = num_heads // num_kv_heads
         self.device = device
+        self.heads = np.arange(num_kv_heads)[:, None]
         self.groups = [self._plan_group(table, members) for members in _group_slices(table)]
 
     def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -129,54 +130,45 @@ class ReferenceAttention:
         result = result.reshape(slices, heads, places, self.group, size).permute(0, 2, 1, 3, 4)
         return result.reshape(slices * places, heads * self.group, size)
 
-    def _plan_group(self, table: SliceTable, members: NDArray[np.int64]) -> _Group:
+    def _plan_group(self, table: SliceTable, members: list[int]) -> _Group:
+        """One pass of numpy over all the group's keys, then views of it per block."""
         counts, lengths = table.num_rows[members], table.lengths[members]
         places = np.arange(counts.max())
-        rows = table.first_rows[members, None] + np.minimum(places[None, :], counts[:, None] - 1)
-        real = np.flatnonzero(places[None, :] < counts[:, None])
-        blocks = []
-        for start in range(0, int(lengths[0]), KEY_BLOCK):
-            live = int(np.searchsorted(-lengths, -start, side="left"))
-            blocks.append(self._plan_block(table, members[:live], rows[:live], start))
-        return _Group(
-            rows=self._tensor(rows),
-            out_from=self._tensor(real),
-            out_to=self._tensor(rows.reshape(-1)[real]),
-            blocks=tuple(blocks),
-        )
-
-    def _plan_block(
-        self, table: SliceTable, members: NDArray[np.int64], rows: NDArray[np.int64], start: int
-    ) -> _KeyBlock:
-        columns = start // table.page_size + np.arange(KEY_BLOCK // table.page_size)
-        used = -(-table.lengths[members] // table.page_size)
+        rows = table.first_rows[members][:, None] + np.minimum(places, counts[:, None] - 1)
+        real = np.flatnonzero(places < counts[:, None])
+        num_blocks = -(-int(lengths[0]) // KEY_BLOCK)
+        per_block = KEY_BLOCK // table.page_size
+        columns = np.arange(num_blocks * per_block)
         # Columns past a sequence's end read its own first page: finite numbers, and never seen.
-        columns = np.where(columns[None, :] < used[:, None], columns[None, :], 0)
-        pages = table.pages[members[:, None], columns]
-        heads = np.arange(self.num_kv_heads)
-        gather = pages[:, None, :] * self.num_kv_heads + heads[None, :, None]
-        ends, words = table.ends[rows], table.words[rows]
-        hidden = None
-        if ends.min() < start + KEY_BLOCK:
-            seen = _visible(ends, words, start + np.arange(KEY_BLOCK))
-            hidden = self._tensor(~seen[:, None, :, None, :])
-        return _KeyBlock(len(members), self._tensor(gather.reshape(-1)), hidden)
+        columns = columns * (columns < -(-lengths[:, None] // table.page_size))
+        pages = table.pages[np.array(members)[:, None], columns]
+        gather = self._tensor(pages[:, None, :] * self.num_kv_heads + self.heads)
+        ends = table.ends[rows]
+        seen = _visible(ends, table.words[rows], num_blocks * KEY_BLOCK)
+        hidden = self._tensor(~seen[:, None, :, None, :])
+        seen_by_all = int(ends.min())
+        blocks = []
+        for number in range(num_blocks):
+            start, stop = number * KEY_BLOCK, (number + 1) * KEY_BLOCK
+            live = int((lengths > start).sum())
+            index = gather[:live, :, number * per_block : (number + 1) * per_block].reshape(-1)
+            cover = None if stop <= seen_by_all else hidden[:live, ..., start:stop]
+            blocks.append(_KeyBlock(live, index, cover))
+        return _Group(self._tensor(rows), self._tensor(real), self._tensor(rows.ravel()[real]), tuple(blocks))
 
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(array).to(self.device)
 
 
-def _visible(
-    ends: NDArray[np.int64], words: NDArray[np.uint64], slots: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """ends, words [S, n], slots [K] -> bool [S, n, K]; the rule of `SliceTable`."""
-    beyond = slots - ends[..., None]
-    seen = beyond < 0
+def _visible(ends: NDArray[np.int64], words: NDArray[np.uint64], num_slots: int) -> NDArray[np.bool_]:
+    """ends, words [S, n] -> bool [S, n, num_slots]; the rule of `SliceTable`."""
+    slots = np.arange(num_slots)
+    seen = slots < ends[..., None]
     if words.any():
-        shift = np.clip(beyond, 0, 63).astype(np.uint64)
-        bits = (words[..., None] >> shift) & np.uint64(1)
+        beyond = slots - ends[..., None]
+        bits = (words[..., None] >> np.clip(beyond, 0, 63).astype(np.uint64)) & np.uint64(1)
         seen |= (beyond >= 0) & (beyond < 64) & (bits == 1)
-    return np.asarray(seen, dtype=np.bool_)
+    return seen
 
 
 def _gather(cache: torch.Tensor, index: torch.Tensor, live: int) -> torch.Tensor:
@@ -186,16 +178,13 @@ def _gather(cache: torch.Tensor, index: torch.Tensor, live: int) -> torch.Tensor
     return found.view(live, KEY_BLOCK, size).float()
 
 
-def _group_slices(table: SliceTable) -> list[NDArray[np.int64]]:
+def _group_slices(table: SliceTable) -> list[list[int]]:
     """Slices with up to 1, 2, 4, 8, 16 rows go together; a longer one goes alone. Longest context first."""
-    counts = table.num_rows
-    groups = []
-    low = 0
-    high = 1
-    while high <= MAX_BATCHED_ROWS:
-        members = np.flatnonzero((counts > low) & (counts <= high))
-        if len(members):
-            groups.append(members[np.argsort(-table.lengths[members], kind="stable")])
-        low, high = high, high * 2
-    groups.extend(np.array([member]) for member in np.flatnonzero(counts > MAX_BATCHED_ROWS))
-    return groups
+    groups: dict[int, list[int]] = {}
+    for index, count in enumerate(table.num_rows.tolist()):
+        alone = count > MAX_BATCHED_ROWS
+        groups.setdefault(-1 - index if alone else (count - 1).bit_length(), []).append(index)
+    lengths = table.lengths.tolist()
+    for members in groups.values():
+        members.sort(key=lengths.__getitem__, reverse=True)
+    return list(groups.values())

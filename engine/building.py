@@ -14,7 +14,7 @@ from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
-from engine.kv_storage import KVStorage, kv_bytes_per_token
+from engine.kv_storage import KVStorage
 from engine.messages import Phase, Ready
 from engine.models.transformer import Transformer
 from engine.runner import Runner
@@ -77,7 +77,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         vocab_size=shape.vocab_size,
         page_size=settings.page_size,
         num_pages=settings.num_pages,
-        kv_bytes_per_token=kv_bytes_per_token(shape, dtype),
+        kv_bytes_per_token=shape.kv_values_per_token * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         phases=(*phases, *watch.phases),
@@ -121,7 +121,7 @@ def _with_pages(
     config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
 ) -> SchedulerConfig:
     settings = config.scheduler
-    page_bytes = kv_bytes_per_token(checkpoint.transformer, dtype) * settings.page_size
+    page_bytes = checkpoint.transformer.kv_values_per_token * dtype.itemsize * settings.page_size
     num_pages = settings.num_pages
     free = free_bytes(device)
     if not num_pages:

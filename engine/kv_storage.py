@@ -43,7 +43,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # torch writes the zeros; the system hands out zeroed memory, page by page as it is first touched.
     cells = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
     return torch.from_numpy(cells).view(dtype)
-
-
-def kv_bytes_per_token(config: TransformerConfig, dtype: torch.dtype) -> int:
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
     from scheduler.scheduler import Scheduler
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a step made of one slice: the advance, and the log-probabilities that somebody asked for."""
 
     advance: Advance
@@ -30,15 +28,14 @@ class Outcome:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
+class _Work(NamedTuple):
     """One slice and its rows of the step's logits."""
 
     piece: Slice
     sequence: Sequence
     first: int  # its first row in the logits
     num_scored: int = 0  # leading rows that score known prompt tokens
-    places: tuple[Place, ...] = field(default=())  # rows after them, to be sampled
+    places: tuple[Place, ...] = ()  # rows after them, to be sampled
 
 
 class Runner:

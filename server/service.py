@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import anyio
 import anyio.to_thread
 
-from engine.checkpoint import Checkpoint, CheckpointError, locate
+from engine.checkpoint import Checkpoint, CheckpointError
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
@@ -320,9 +320,8 @@ class Service:
         )
 
 
-def build_service(config: Config, client: EngineClient) -> Service:
-    """Find the checkpoint and read its text side. Raises CheckpointError, in one line."""
-    checkpoint = locate(config.engine.model, config.engine.revision)
+def build_service(config: Config, checkpoint: Checkpoint, client: EngineClient) -> Service:
+    """Read the checkpoint's text side. Raises CheckpointError, in one line."""
     return Service(
         config,
         Tokenizer.from_checkpoint(checkpoint),

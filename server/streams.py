@@ -13,7 +13,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.messages import TokenLogprobs
 from scheduler.types import FinishReason
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import ApiError
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from engine.client import EngineClient
-    from engine.messages import SequenceOutput
+    from engine.messages import SequenceOutput, TokenLogprobs
     from scheduler.types import Request
     from server.admission import Ticket
     from server.metrics import Metrics

@@ -23,7 +23,7 @@ SERVER_SEES = {
     "engine.config",
     "engine.messages",
     "engine.models.config",
-    "engine.weights.errors",
+    "engine.weights",  # .embedded: where the default model lies
     "engine.weights.gguf",
     "scheduler.config",
     "scheduler.plan",

@@ -8,8 +8,7 @@ KV stays, and the next window.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from scheduler.types import EMPTY_WINDOW, Sequence, Window
 
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class Draws:
+class Draws(NamedTuple):
     """What the target says at the rows of this step: after the last committed token, then after each
     token of the window. The first of these is missing when an earlier step computed that token and
     nothing was committed since (`after_last` is False).
@@ -38,8 +36,7 @@ class Draws:
         return self.step_logits[self.first_row : self.first_row + len(self.tokens)]
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """Tokens to commit, how many leading window slots keep their KV, and what is to be computed next.
 
     `logits`, float32 [n, V], chose the committed tokens (for log-probabilities); None = the first n rows

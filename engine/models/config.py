@@ -33,3 +33,8 @@ class TransformerConfig:
     tie_embeddings: bool = False
     attention_bias: bool = False  # on q, k, v and o
     mlp_bias: bool = False
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that the KV cache keeps of one token, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -55,7 +55,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "parameters": f"{num_parameters(shape):,}",
         "weights": f"{checkpoint.size_bytes:,} bytes on disk",
         "context": f"{shape.max_positions:,} tokens",
-        "KV cache": f"{kv_bytes_per_token(shape):,} bytes per token in bfloat16",
+        "KV cache": f"{shape.kv_values_per_token * KV_ITEM_BYTES:,} bytes per token in bfloat16",
     }
 
 
@@ -68,10 +68,6 @@ def num_parameters(shape: TransformerConfig) -> int:
     feed_forward = 3 * hidden * mlp + ((2 * mlp + hidden) if shape.mlp_bias else 0)
     embeddings = shape.vocab_size * hidden * (1 if shape.tie_embeddings else 2)
     return embeddings + shape.num_layers * (attention + feed_forward + 2 * hidden) + hidden
-
-
-def kv_bytes_per_token(shape: TransformerConfig) -> int:
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * KV_ITEM_BYTES
 
 
 def _list() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,23 +91,24 @@ def serve(config: Config) -> int:
     """Run until told to stop. The engine process starts before anything heavy is imported here, so
     that it loads the model while this process imports FastAPI and builds the tokeniser. It ends with
     this process, however that ends."""
+    from engine.checkpoint import CheckpointError, locate
     from engine.client import EngineProcess
 
-    engine = EngineProcess(
-        config.engine,
-        start_timeout_s=config.server.engine_start_timeout_s,
-        max_restarts=config.server.max_engine_restarts,
-    )
-    engine.spawn()
-
-    import asyncio
-
-    from engine.checkpoint import CheckpointError
-    from server.serve import serve as listen
-    from server.service import build_service
-
     try:
-        service = build_service(config, engine)
+        checkpoint = locate(config.engine.model, config.engine.revision)  # the one that may download
+        engine = EngineProcess(
+            replace(config.engine, model=checkpoint.source, revision=""),
+            start_timeout_s=config.server.engine_start_timeout_s,
+            max_restarts=config.server.max_engine_restarts,
+        )
+        engine.spawn()
+
+        import asyncio
+
+        from server.serve import serve as listen
+        from server.service import build_service
+
+        service = build_service(config, checkpoint, engine)
     except CheckpointError as error:
         raise CommandError(str(error)) from None
     return asyncio.run(listen(service, config))
