@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from engine.messages import (
     Abort,
     Failed,
     FromEngine,
+    Log,
     Ready,
     SequenceOutput,
     StepOutput,
@@ -44,6 +44,8 @@ Sink = Callable[[SequenceOutput], None]
 
 RESTART_WINDOW_S = 600.0
 STOP_TIMEOUT_S = 5.0
+LAST_WORDS_S = 0.1  # until what a dead engine sent has come through the socket
+MAX_DEATHS_WITHOUT_PROGRESS = 2
 
 
 class EngineDead(Exception):
@@ -78,19 +80,30 @@ class EngineClient(Protocol):
 
 
 class EngineProcess:
-    """An engine in its own process over a ZeroMQ socket on a private path; started again when it dies."""
+    """An engine in its own process over a ZeroMQ socket on a private path; started again when it dies.
+
+    It counts as dead when its process ends, when it is not ready within `start_timeout_s`, and when it has
+    work and says nothing for `stall_timeout_s`.
+    """
 
     def __init__(
-        self, config: EngineConfig, *, start_timeout_s: float = 600.0, max_restarts: int = 3
+        self,
+        config: EngineConfig,
+        *,
+        start_timeout_s: float = 600.0,
+        stall_timeout_s: float = 120.0,
+        max_restarts: int = 3,
+        log_level: str = "info",
     ) -> None:
         self.ready: Ready | None = None
         self.on_step: Callable[[StepOutput], None] | None = None
         self.num_restarts = 0
-        self._config = config
+        self._arguments = [msgspec.json.encode(config).decode(), log_level]
         self._start_timeout_s = start_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._max_restarts = max_restarts
         self._deaths: deque[float] = deque()
-        self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # readable by this user alone
+        self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: zmq.asyncio.Socket | None = None
         self._context: zmq.asyncio.Context | None = None
@@ -101,19 +114,37 @@ class EngineProcess:
         self._first_ready: asyncio.Future[Ready] | None = None
         self._death: asyncio.Future[str] | None = None
         self._failure = ""
+        self._heard_s = 0.0  # when the engine last said something, or got its first work after a rest
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    def command(self) -> list[str]:
+        """`-P`: the user's folder may hold a module of any name; ours come last, after the installed ones."""
+        root = str(Path(__file__).parents[1])
+        code = (
+            f"import sys; sys.path.append({root!r}); "
+            "from engine.process import main; sys.exit(main(sys.argv[1:]))"
+        )
+        return [sys.executable, "-P", "-c", code]
+
     def spawn(self) -> None:
         """Start the process now, before there is a loop: its imports run beside the server's own."""
-        config = msgspec.json.encode(self._config).decode()
+        self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # readable by this user alone
+        self._heard_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "engine.process", self._path(), config],
+            [*self.command(), self._path(), *self._arguments],
             stdin=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C in the terminal is for the server, which drains
         )
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does, and leave nothing behind."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._remove_folder()
 
     async def start(self) -> Ready:
         loop = asyncio.get_running_loop()
@@ -122,21 +153,18 @@ class EngineProcess:
         self._context = zmq.asyncio.Context()
         self._supervisor = asyncio.create_task(self._supervise())
         waiting: set[asyncio.Future[Ready] | asyncio.Future[str]] = {self._first_ready, self._death}
-        await asyncio.wait(waiting, timeout=self._start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if self._first_ready.done():
             return self._first_ready.result()
-        if self._death.done():
-            raise EngineDead(self._death.result())
-        await self.close()
-        raise EngineDead(
-            f"the engine was not ready within engine_start_timeout_s = {self._start_timeout_s:g}"
-        )
+        raise EngineDead(self._death.result())
 
     async def died(self) -> str:
         assert self._death is not None, "start() comes first"
         return await asyncio.shield(self._death)
 
     def submit(self, request: Request, sink: Sink) -> None:
+        if not self._entries:
+            self._heard_s = time.monotonic()
         self._entries[request.request_id] = (JournalEntry(request), sink)
         self._send(Submit(request))
 
@@ -153,84 +181,116 @@ class EngineProcess:
     async def close(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
+            await asyncio.gather(self._supervisor, return_exceptions=True)
         self._send(Stop())
-        process = self._process
-        if process is not None:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        if self._process is not None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+        self.kill()
         self._close_socket()
         if self._context is not None:
             self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _supervise(self) -> None:
-        """Run engine processes one after another until one fails to start or too many have died."""
+        """Run engine processes one after another; whatever ends this ends every stream with the cause."""
+        cause = "the engine's supervisor was stopped"
+        try:
+            cause = await self._run_engines()
+        except Exception as error:
+            logger.exception("the engine's supervisor failed")
+            cause = f"the engine cannot be reached: {error}"
+        finally:
+            self._give_up(cause)
+
+    async def _run_engines(self) -> str:
+        """-> why no further engine is started"""
+        assert self._context is not None
         while True:
             self._failure = ""
-            assert self._context is not None
+            if self._process is None:
+                self.spawn()
             self._socket = self._context.socket(zmq.PAIR)
             self._socket.setsockopt(zmq.SNDHWM, 0)
             self._socket.setsockopt(zmq.RCVHWM, 0)
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.bind(f"ipc://{self._path()}")
-            if self._process is None:
-                self.spawn()
-            status = await self._serve_one()
-            was_ready, self.ready = self.ready is not None, None
+            status = await self._serve_one(self._socket)
+            self.ready = None
             self._close_socket()
-            if (cause := self._fatal_cause(status, was_ready)) is not None:
-                self._give_up(cause)
-                return
+            if (cause := self._fatal_cause(status)) is not None:
+                return cause
+            self._give_up_stuck_requests()
             self.num_restarts += 1
             logger.error(
                 "engine died status=%s restart=%d requests=%d", status, self.num_restarts, len(self._entries)
             )
 
-    async def _serve_one(self) -> int:
+    async def _serve_one(self, socket: zmq.asyncio.Socket) -> int:
         """Read from one engine process until it has ended -> its exit status."""
-        assert self._process is not None
-        assert self._socket is not None
-        ended = asyncio.get_running_loop().create_future()
-        _watch(self._process, ended)
-        reading = asyncio.create_task(self._read(self._socket))
+        process = self._process
+        assert process is not None
+        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        _watch(process, ended)
+        reading = asyncio.create_task(self._read(socket))
+        min(self._start_timeout_s, self._stall_timeout_s)
+        either: set[asyncio.Future[int] | asyncio.Task[None]] = {ended, reading}
+        patience_s = min(self._start_timeout_s, self._stall_timeout_s)
         try:
-            status: int = await ended
+            while not ended.done():
+                await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                if reading.done() or self._is_overdue():
+                    process.kill()
+                    await ended
+            # What it sent before it died still counts; the replay begins after it.
+            await asyncio.wait({reading}, timeout=LAST_WORDS_S)
         finally:
             reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reading
-        # What it sent before it died still counts; the replay begins after it.
-        while await self._socket.poll(0):
-            self._take(await self._socket.recv())
+            (outcome,) = await asyncio.gather(reading, return_exceptions=True)
+            if isinstance(outcome, Exception):
+                logger.error("reading from the engine failed", exc_info=outcome)
         self._process = None
-        return status
+        self._remove_folder()
+        return ended.result()
+
+    def _is_overdue(self) -> bool:
+        """Whether the engine should have said something by now."""
+        silent_s = time.monotonic() - self._heard_s
+        if self.ready is None and silent_s >= self._start_timeout_s:
+            self._failure = f"the engine was not ready within engine_start_timeout_s = {silent_s:.0f}"
+        elif self.ready is not None and self._entries and silent_s >= self._stall_timeout_s:
+            self._failure = f"the engine made no step within engine_stall_timeout_s = {silent_s:.0f}"
+        else:
+            return False
+        logger.error("%s; it is killed", self._failure)
+        return True
 
     async def _read(self, socket: zmq.asyncio.Socket) -> None:
         while True:
-            self._take(await socket.recv())
+            self._take(self._decoder.decode(await socket.recv()))
 
-    def _take(self, frame: bytes) -> None:
-        message = self._decoder.decode(frame)
+    def _take(self, message: FromEngine) -> None:
+        self._heard_s = time.monotonic()
         if isinstance(message, StepOutput):
             if self.on_step is not None:
-                self.on_step(message)
+                try:
+                    self.on_step(message)
+                except Exception:
+                    logger.exception("counting a step failed")
             for output in message.outputs:
                 self._deliver(output)
         elif isinstance(message, Ready):
             self._resume(message)
+        elif isinstance(message, Log):
+            logger.log(message.level, "%s", message.text)
         else:
             assert isinstance(message, Failed)
             self._failure = message.message
 
     def _resume(self, ready: Ready) -> None:
         self.ready = ready
+        self._remove_folder()  # both ends are connected: the path has served
         assert self._first_ready is not None
         if not self._first_ready.done():
             self._first_ready.set_result(ready)
@@ -246,21 +306,35 @@ class EngineProcess:
         news = entry.record(output)
         if not entry.live:
             del self._entries[output.request_id]
-        if news is not None:
+        if news is None:
+            return
+        try:
             sink(news)
+        except Exception:
+            logger.exception("delivering to request=%s failed", output.request_id)
+            self.abort(output.request_id)
 
-    def _fatal_cause(self, status: int, was_ready: bool) -> str | None:
-        """Why the engine is not started again, or None when it is."""
+    def _fatal_cause(self, status: int) -> str | None:
+        """Why the engine is not started again, or None when it is. One that never got ready never will."""
         cause = self._failure or f"the engine process ended with status {status}"
-        if not was_ready:
+        assert self._first_ready is not None
+        if not self._first_ready.done():
             return cause
         now = time.monotonic()
         self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - RESTART_WINDOW_S:
+        while self._deaths[0] < now - RESTART_WINDOW_S:
             self._deaths.popleft()
         if len(self._deaths) > self._max_restarts:
             return f"{cause}; it died {len(self._deaths)} times within {RESTART_WINDOW_S:g} s"
         return None
+
+    def _give_up_stuck_requests(self) -> None:
+        """A request that got nowhere before two deaths in a row may be what kills the engine."""
+        for request_id, (entry, sink) in list(self._entries.items()):
+            entry.deaths_without_progress += 1
+            if entry.deaths_without_progress >= MAX_DEATHS_WITHOUT_PROGRESS:
+                del self._entries[request_id]
+                _end(entry, sink, "the engine died whenever it was given this request")
 
     def _give_up(self, cause: str) -> None:
         assert self._death is not None
@@ -268,8 +342,7 @@ class EngineProcess:
             self._death.set_result(cause)
         entries, self._entries = list(self._entries.values()), {}
         for entry, sink in entries:
-            for index in sorted(entry.live):
-                sink(SequenceOutput(entry.request.request_id, index, finish=FinishReason.ERROR, error=cause))
+            _end(entry, sink, cause)
 
     def _send(self, message: ToEngine) -> None:
         """Until the engine is ready nothing is sent: `_resume` replays whatever is in flight then."""
@@ -282,11 +355,23 @@ class EngineProcess:
     def _close_socket(self) -> None:
         if self._socket is not None:
             self._socket.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._path())
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self) -> str:
+        assert self._folder is not None
         return str(self._folder / "engine.sock")
+
+
+def _end(entry: JournalEntry, sink: Sink, cause: str) -> None:
+    for index in sorted(entry.live):
+        output = SequenceOutput(entry.request.request_id, index, finish=FinishReason.ERROR, error=cause)
+        try:
+            sink(output)
+        except Exception:
+            logger.exception("delivering to request=%s failed", entry.request.request_id)
 
 
 def _watch(process: subprocess.Popen[bytes], ended: asyncio.Future[int]) -> None:

@@ -25,6 +25,7 @@ class JournalEntry:
         self.delivered += [[] for _ in range(request.num_choices - len(self.delivered))]
         self.live = set(range(request.num_choices))
         self.aborted: set[int] = set()
+        self.deaths_without_progress = 0  # of engines that had this request and delivered nothing of it
         self._num_scored = 0  # prompt log-probabilities delivered, ever
         self._num_rescored = 0  # seen from the current engine process
 
@@ -32,6 +33,7 @@ class JournalEntry:
         """Take an output into account -> what the stream should hear of it, or None."""
         if output.index not in self.live:
             return None
+        self.deaths_without_progress = 0
         self.delivered[output.index].extend(output.tokens)
         if output.finish is not None:
             self.live.discard(output.index)

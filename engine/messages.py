@@ -1,7 +1,7 @@
 """What crosses the process edge, as msgspec values; nothing is ever unpickled.
 
 Server to engine: `Submit`, `Abort`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s; or one
-`Failed` when it cannot start. The same values serve the in-process engine.
+`Failed` when it cannot start or go on; and `Log` lines at any time.
 """
 
 from __future__ import annotations
@@ -50,16 +50,18 @@ class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     finish: FinishReason | None = None
     stop_token: int | None = None  # the token that stopped it, which is the last of `tokens`
     error: str | None = None
+    refused: bool = False  # with an error: the request is at fault, not the engine
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token, when asked for
     # Of prompt tokens 1.., in order, possibly in several pieces (choice 0 only), when asked for.
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    num_cached: int = 0  # prompt tokens served from the prefix cache (with the first tokens)
-    first_scheduled_s: float | None = None  # monotonic clock (with the first tokens)
+    num_cached: int = 0  # prompt tokens served from the prefix cache
+    first_scheduled_s: float | None = None  # monotonic clock; None while it waits
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True, gc=False):
     outputs: tuple[SequenceOutput, ...]
     stats: SchedulerStats
+    num_prompt_tokens: int = 0  # of prompts, computed in this step or found in the cache, each counted once
 
 
 class Phase(NamedTuple):
@@ -86,4 +88,11 @@ class Failed(msgspec.Struct, tag=True, frozen=True, gc=False):
     message: str
 
 
-FromEngine = Ready | StepOutput | Failed
+class Log(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """A line for the operator: the server writes it, in the format and to the place it writes its own."""
+
+    level: int  # of the logging module
+    text: str
+
+
+FromEngine = Ready | StepOutput | Failed | Log

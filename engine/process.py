@@ -1,6 +1,6 @@
 """The engine process: one ZeroMQ socket in and out, one loop that computes.
 
-    python -m engine.process SOCKET_PATH CONFIG_JSON
+    python -m engine.process SOCKET_PATH CONFIG_JSON LOG_LEVEL
 
 It ends when told to (`Stop`), or when its standard input closes, which is how it learns that the server
 is gone, however that happened. It sleeps on the socket when there is nothing to compute.
@@ -21,7 +21,7 @@ import msgspec  # noqa: E402
 import zmq  # noqa: E402
 
 from engine.config import EngineConfig  # noqa: E402
-from engine.messages import Failed, FromEngine, Phase, Stop, ToEngine  # noqa: E402
+from engine.messages import Failed, FromEngine, Log, Phase, Stop, ToEngine  # noqa: E402
 
 _SEND_LINGER_MS = 1000
 
@@ -63,6 +63,15 @@ class Link:
         self.context.term()
 
 
+class LogToServer(logging.Handler):
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.link = link
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.link.send(Log(record.levelno, self.format(record)))
+
+
 def run(link: Link, config: EngineConfig) -> int:
     """Build, report ready, then step until told to stop. -> exit status"""
     from engine.building import EngineConfigError, build_engine
@@ -88,12 +97,12 @@ def run(link: Link, config: EngineConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    path, config_json = arguments
+    path, config_json, log_level = arguments
     config = msgspec.json.decode(config_json, type=EngineConfig)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it drains and says stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=os.environ.get("OCTAVO_ENGINE_LOG", "INFO"), format="%(levelname)s %(message)s")
     link = Link(path)
+    logging.basicConfig(level=log_level.upper(), handlers=[LogToServer(link)])
     try:
         return run(link, config)
     except Exception as error:

@@ -1,0 +1,189 @@
+"""The client and its journal against an engine process that dies, hangs and talks nonsense on command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.client import EngineDead, EngineProcess
+from engine.config import EngineConfig
+from engine.messages import SequenceOutput
+from scheduler.types import FinishReason, Request, SamplingParams
+
+SCRIPT = Path(__file__).with_name("fake_process.py")
+
+
+@pytest.fixture
+def make(tmp_path):
+    def client(plan: str, **options) -> EngineProcess:
+        count = tmp_path / "count"
+        count.touch()
+        made = EngineProcess(EngineConfig(model=f"{count}|{plan}"), **options)
+        made.command = lambda: [sys.executable, str(SCRIPT)]
+        return made
+
+    return client
+
+
+@asynccontextmanager
+async def started(client: EngineProcess):
+    try:
+        await client.start()
+        yield client
+    finally:
+        await client.close()
+
+
+class Stream:
+    """What a request heard, by choice; `ended` once every choice has."""
+
+    def __init__(self, client: EngineProcess, name: str = "r", choices: int = 1, **sampling) -> None:
+        self.outputs: list[SequenceOutput] = []
+        self.choices = choices
+        self.ended = asyncio.Event()
+        client.submit(
+            Request(
+                request_id=name,
+                prompt_ids=(1, 2),
+                num_choices=choices,
+                sampling=SamplingParams(**{"max_tokens": 6, **sampling}),
+            ),
+            self.hear,
+        )
+
+    def hear(self, output: SequenceOutput) -> None:
+        self.outputs.append(output)
+        if sum(one.finish is not None for one in self.outputs) == self.choices:
+            self.ended.set()
+
+    async def tokens(self, index: int = 0) -> list[int]:
+        await asyncio.wait_for(self.ended.wait(), 10)
+        return [token for one in self.outputs if one.index == index for token in one.tokens]
+
+
+async def test_a_stream_goes_on_where_dead_engines_left_it(make):
+    async with started(make("die:2,die:1,serve")) as client:
+        stream = Stream(client, choices=2)
+        assert await stream.tokens(0) == [0, 1, 2, 3, 4, 5]
+        assert await stream.tokens(1) == [10, 11, 12, 13, 14, 15]
+        assert client.num_restarts == 2
+
+
+async def test_prompt_scores_are_not_repeated_by_a_replay(make):
+    async with started(make("die:2,serve")) as client:
+        stream = Stream(client, prompt_logprobs=1)
+        await stream.tokens()
+        # The fake sends one score with each of its outputs: 2 before its death, 4 after; the first 2 of
+        # those 4 stand for the ones that were delivered.
+        assert sum(len(one.prompt_logprobs or ()) for one in stream.outputs) == 4
+
+
+async def test_an_aborted_choice_stays_aborted_after_a_restart(make):
+    async with started(make("die:1,serve")) as client:
+        stream = Stream(client, choices=2)
+        client.abort("r", 1)
+        await asyncio.sleep(1.0)
+        assert [one.tokens for one in stream.outputs if one.index == 1] in ([], [(10,)])
+        assert [one.tokens[0] for one in stream.outputs if one.index == 0] == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_request_that_kills_every_engine_is_given_up_and_the_engine_lives(make):
+    async with started(make("die:0,die:0,serve")) as client:
+        poison = Stream(client)
+        await asyncio.wait_for(poison.ended.wait(), 10)
+        assert poison.outputs[-1].finish is FinishReason.ERROR
+        assert await Stream(client, "next").tokens() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_deaths_during_a_restart_count_like_any_other(make):
+    async with started(make("die:1,exit,exit,serve")) as client:
+        # Two deaths without a token of it: it must have made progress to survive them.
+        bystander = Stream(client)
+        await asyncio.wait_for(bystander.ended.wait(), 10)
+        assert await Stream(client, "next").tokens() == [0, 1, 2, 3, 4, 5]
+        assert client.num_restarts == 3
+
+
+async def test_too_many_deaths_end_every_stream_with_the_cause(make):
+    async with started(make("die:1", max_restarts=1)) as client:
+        stream = Stream(client)
+        await asyncio.wait_for(stream.ended.wait(), 10)
+        assert "died 2 times" in (stream.outputs[-1].error or "")
+        assert "died 2 times" in await client.died()
+
+
+@pytest.mark.parametrize(("plan", "cause"), [("fail", "no such model"), ("exit", "status 7")])
+async def test_an_engine_that_cannot_start_is_one_line(make, plan, cause):
+    client = make(plan)
+    with pytest.raises(EngineDead, match=cause):
+        await client.start()
+    await client.close()
+
+
+async def test_an_engine_that_is_never_ready_is_killed(make):
+    client = make("hang", start_timeout_s=0.6)
+    with pytest.raises(EngineDead, match="engine_start_timeout_s"):
+        await client.start()
+    await client.close()
+
+
+async def test_an_engine_that_says_nothing_while_it_has_work_is_replaced(make):
+    async with started(make("silent,serve", stall_timeout_s=0.5)) as client:
+        assert await Stream(client).tokens() == [0, 1, 2, 3, 4, 5]
+        assert client.num_restarts == 1
+
+
+async def test_an_engine_that_talks_nonsense_is_replaced(make):
+    async with started(make("garbage,serve")) as client:
+        assert await Stream(client).tokens() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_what_fails_in_a_listener_stays_there(make):
+    async with started(make("serve")) as client:
+
+        def broken(_: object) -> None:
+            raise ValueError
+
+        client.on_step = broken
+        request = Request(request_id="bad", prompt_ids=(1,), sampling=SamplingParams(max_tokens=3))
+        client.submit(request, broken)
+        assert await Stream(client, "good").tokens() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_path_that_cannot_be_bound_is_one_line(make, tmp_path, monkeypatch):
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    client = make("serve")
+    with pytest.raises(EngineDead, match="cannot be reached"):
+        await client.start()
+    await client.close()
+
+
+async def test_nothing_is_left_behind(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    async with started(make("die:1,serve")) as client:
+        await Stream(client).tokens()
+        process = client._process
+    assert os.listdir(tmp_path) == ["count"]
+    assert process is not None
+    assert process.returncode is not None
+
+
+def test_a_module_of_the_users_folder_is_not_ours(tmp_path):
+    """The engine's command runs in whatever folder the user is in."""
+    import subprocess
+
+    for name in ("zmq", "torch", "engine", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
+    command = EngineProcess(EngineConfig()).command()
+    done = subprocess.run(
+        [*command, "/nowhere", "not json", "info"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "shadowed" not in done.stderr
+    assert "DecodeError" in done.stderr
