@@ -7,7 +7,6 @@ import json
 import time
 
 import pytest
-from fake_server import FakeServer, fake_server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from server.bench.client import Client, Outcome, Reading
 from server.bench.events import EventSplitter
 from server.bench.http import ChunkedDecoder, HttpError, Target
 from server.bench.workloads import Job
+from tests.server.bench.fake_server import FakeServer, fake_server
 
 JOB = Job(input_tokens=3, output_tokens=5)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_server import FakeServer, fake_server
 
 from server.bench.client import Client, Outcome
 from server.bench.http import Target
@@ -21,6 +20,7 @@ from server.bench.run import BenchError, BenchOptions, run_bench, run_workload
 from server.bench.summary import Spread, summarise
 from server.bench.trace import TraceError, read_trace
 from server.bench.workloads import NAMED, Job, Workload, named
+from tests.server.bench.fake_server import FakeServer, fake_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
