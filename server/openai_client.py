@@ -42,8 +42,13 @@ class OpenAIClient:
     the request on the server."""
 
     def __init__(self, url: str, api_key: str = "", timeout_s: float = 600.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
+            self._port = parts.port  # read here because reading is what checks it
+        except ValueError as error:
+            raise ApiError(f"{url!r} is no http URL: {error}") from None
+        host = parts.hostname or ""
+        if parts.scheme not in ("http", "https") or not host or any(char.isspace() for char in host):
             raise ApiError(f"{url!r} is no http URL")
         self.url = url
         self.timing: Timing | None = None  # of the latest stream that ended by itself
@@ -80,7 +85,7 @@ class OpenAIClient:
         secure = self._parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         assert self._parts.hostname
-        return kind(self._parts.hostname, self._parts.port, timeout=self._timeout_s)
+        return kind(self._parts.hostname, self._port, timeout=self._timeout_s)
 
     def _send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None
@@ -91,7 +96,8 @@ class OpenAIClient:
             response = connection.getresponse()
             if response.status != 200:
                 raise ApiError(f"{response.status}: {_message(response.read())}")
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # ValueError: a key or host name that HTTP cannot carry.
             raise ApiError(f"cannot reach {self.url}: {error}") from None
         return response
 

@@ -225,7 +225,9 @@ def _as_text(setting: Setting, text: str) -> object:
             raise ValueError("true or false")
         return _BOOLEANS[text.lower()]
     if setting.kind is tuple:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+        parts = tuple(part.strip() for part in text.split(","))
+        # Empty secrets are kept, for `_check` to refuse: `--api-keys ""` must not open the server.
+        return parts if setting.secret else tuple(part for part in parts if part)
     if setting.kind is str:
         return text
     number = _parse_number(text, "a number" if setting.kind is float else "a whole number (16, 32k, 2g)")
@@ -268,6 +270,12 @@ def _as_value(setting: Setting, raw: object) -> object:
 def _check(setting: Setting, value: object) -> None:
     if setting.secret and isinstance(value, tuple) and HIDDEN in value:
         raise ValueError(f"filled in: {HIDDEN} is how --print-config masks it")
+    if (
+        setting.secret
+        and isinstance(value, tuple)
+        and any(not item or item != item.strip() for item in value)
+    ):
+        raise ValueError("a list without empty or space-padded items")
     if setting.choices and value not in setting.choices:
         raise ValueError("one of " + ", ".join(setting.choices))
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from server.commands import CommandError
 from server.commands.connection import add_connection
+from server.commands.numbers import positive_float, positive_int
 
 if TYPE_CHECKING:
     import argparse
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--workload", choices=WORKLOADS, default="all", help="(default all = A to E)")
     load.add_argument(
-        "--requests", type=int, metavar="N", help="requests, instead of the workload's own number"
+        "--requests", type=positive_int, metavar="N", help="requests, instead of the workload's own number"
     )
     load.add_argument(
         "--api", choices=("completions", "chat"), default="completions", help="(default completions)"
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts (default 0)")
     load.add_argument("--no-keepalive", action="store_true", help="one connection per request")
     load.add_argument(
-        "--timeout", type=float, default=600.0, metavar="SECONDS", help="per request (default 600)"
+        "--timeout", type=positive_float, default=600.0, metavar="SECONDS", help="per request (default 600)"
     )
     load.add_argument(
         "--json", type=Path, metavar="FILE", help="write machine, command and raw figures there"
@@ -52,10 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trace", "Azure (csv), ServeGen-derived (csv) or Mooncake (jsonl) files"
     )
     trace.add_argument("--trace", type=Path, metavar="FILE", help="arrival times, input and output lengths")
-    trace.add_argument("--time-scale", type=float, default=1.0, metavar="X", help="multiplies arrival times")
-    trace.add_argument("--max-input", type=int, metavar="N", help="clip prompts to N tokens")
-    trace.add_argument("--max-output", type=int, metavar="N", help="clip outputs to N tokens")
-    trace.add_argument("--num-requests", type=int, metavar="N", help="the first N rows only")
+    trace.add_argument(
+        "--time-scale", type=positive_float, default=1.0, metavar="X", help="multiplies arrival times"
+    )
+    trace.add_argument("--max-input", type=positive_int, metavar="N", help="clip prompts to N tokens")
+    trace.add_argument("--max-output", type=positive_int, metavar="N", help="clip outputs to N tokens")
+    trace.add_argument("--num-requests", type=positive_int, metavar="N", help="the first N rows only")
 
 
 def run(args: argparse.Namespace) -> int:

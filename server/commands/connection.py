@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from server.commands.numbers import positive_int
+
 if TYPE_CHECKING:
     import argparse
 
@@ -29,7 +31,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=float, metavar="X", help="0 = greedy (default: the server's)")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
+    group.add_argument("--max-tokens", type=positive_int, metavar="N", help="length of an answer at most")
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
 
 

@@ -67,7 +67,8 @@ def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None
         ("request_timeout_s", "0.5", 0.5),
         ("prefix_cache", "off", False),
         ("log_prompts", "YES", True),
-        ("api_keys", "a, b,,c", ("a", "b", "c")),
+        ("api_keys", "a, b,c", ("a", "b", "c")),
+        ("cors_allow_origins", "a, b,,c", ("a", "b", "c")),
         ("dtype", "float32", "float32"),
     ],
 )
@@ -98,6 +99,11 @@ def test_text_is_parsed_by_the_type_of_the_field(name: str, text: str, value: ob
         ("prefix_cache", "maybe", "prefix_cache must be true or false"),
         ("host", 3, "host must be a string"),
         ("api_keys", [1], "api_keys must be a list of strings"),
+        ("api_keys", "a,,b", "api_keys must be a list without empty or space-padded items (flag --api-keys)"),
+        ("api_keys", "", "api_keys must be a list without empty"),
+        ("api_keys", " , ", "api_keys must be a list without empty"),
+        ("api_keys", [""], "api_keys must be a list without empty"),
+        ("api_keys", ["a", "b "], "api_keys must be a list without empty"),
     ],
 )
 def test_a_bad_value_names_its_setting(name: str, raw: object, message: str) -> None:
@@ -124,6 +130,14 @@ def test_a_bad_file_is_refused_by_name(tmp_path: Path, text: str, message: str) 
     with pytest.raises(SettingsError) as caught:
         load({}, {}, toml(tmp_path, text))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["['']", "['a', ' b']", "''", "'a,'"])
+def test_an_empty_or_padded_key_is_refused_from_every_source(tmp_path: Path, value: str) -> None:
+    with pytest.raises(SettingsError, match="api_keys must be a list without empty"):
+        load({}, {}, toml(tmp_path, f"[server]\napi_keys = {value}\n"))
+    with pytest.raises(SettingsError, match="api_keys must be a list without empty"):
+        load({}, {"OCTAVO_API_KEYS": " , a"})
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -172,7 +186,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     if setting.choices:
         return st.sampled_from(setting.choices)
     if setting.kind is tuple:
-        return st.lists(text, max_size=3).map(tuple)
+        item = text.map(str.strip).filter(bool) if setting.secret else text
+        return st.lists(item, max_size=3).map(tuple)
     top = None if setting.maximum == float("inf") else int(setting.maximum)
     return {
         bool: st.booleans(),
