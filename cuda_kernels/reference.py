@@ -144,15 +144,16 @@ class ReferenceAttention:
         pages = table.pages[np.array(members)[:, None], columns]
         gather = self._tensor(pages[:, None, :] * self.num_kv_heads + self.heads)
         ends = table.ends[rows]
-        seen = _visible(ends, table.words[rows], num_blocks * KEY_BLOCK)
-        hidden = self._tensor(~seen[:, None, :, None, :])
-        seen_by_all = int(ends.min())
+        # Blocks that every row sees whole need no mask; in a long context that is nearly all of them.
+        first_masked = int(ends.min()) // KEY_BLOCK
+        slots = np.arange(first_masked * KEY_BLOCK, num_blocks * KEY_BLOCK)
+        hidden = self._tensor(~_visible(ends, table.words[rows], slots)[:, None, :, None, :])
         blocks = []
         for number in range(num_blocks):
-            start, stop = number * KEY_BLOCK, (number + 1) * KEY_BLOCK
-            live = int((lengths > start).sum())
+            live = int((lengths > number * KEY_BLOCK).sum())
             index = gather[:live, :, number * per_block : (number + 1) * per_block].reshape(-1)
-            cover = None if stop <= seen_by_all else hidden[:live, ..., start:stop]
+            column = (number - first_masked) * KEY_BLOCK
+            cover = None if column < 0 else hidden[:live, ..., column : column + KEY_BLOCK]
             blocks.append(_KeyBlock(live, index, cover))
         return _Group(self._tensor(rows), self._tensor(real), self._tensor(rows.ravel()[real]), tuple(blocks))
 
@@ -160,10 +161,11 @@ class ReferenceAttention:
         return torch.from_numpy(array).to(self.device)
 
 
-def _visible(ends: NDArray[np.int64], words: NDArray[np.uint64], num_slots: int) -> NDArray[np.bool_]:
-    """ends, words [S, n] -> bool [S, n, num_slots]; the rule of `SliceTable`."""
-    slots = np.arange(num_slots)
-    seen = slots < ends[..., None]
+def _visible(
+    ends: NDArray[np.int64], words: NDArray[np.uint64], slots: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """ends, words [S, n]; slots [K] -> bool [S, n, K]; the rule of `SliceTable`."""
+    seen: NDArray[np.bool_] = slots < ends[..., None]
     if words.any():
         beyond = slots - ends[..., None]
         bits = (words[..., None] >> np.clip(beyond, 0, 63).astype(np.uint64)) & np.uint64(1)

@@ -60,12 +60,6 @@ class BatchBuilder:
         if row is not None:
             self._free_rows.append(row)
 
-    def pages_of(self, seq_id: int, first_slot: int, num_slots: int) -> list[int]:
-        """The pages that hold slots first_slot .. num_slots of a sequence."""
-        first, stop = first_slot // self.page_size, -(-num_slots // self.page_size)
-        pages: list[int] = self._tables[self._row_of[seq_id], first:stop].tolist()
-        return pages
-
     def build(self, plan: StepPlan) -> Batch:
         slices = plan.slices
         rows_of_tables = [self._extended_table(piece) for piece in slices]

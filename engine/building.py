@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scheduler.config import SchedulerConfig
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
-GPU_MEMORY_SHARE = 0.85
+GPU_MEMORY_SHARE = 0.8
 
 
 class EngineConfigError(Exception):
@@ -56,7 +56,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     # The process is the engine's own: one pool of threads, all cores.
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or available_cores())
     checkpoint = locate(config.model, config.revision)
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device)
@@ -67,6 +67,8 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     shape = checkpoint.transformer
     max_model_len = _max_model_len(config, checkpoint)
     settings = _with_pages(config, checkpoint, dtype, device, max_model_len)
+    # An explicit number of pages may hold less than the model's context: then that is the context.
+    max_model_len = min(max_model_len, settings.num_pages * settings.page_size)
     storage = KVStorage(shape, settings.num_pages, settings.page_size, dtype, device)
     scheduler = Scheduler(settings, time.monotonic, max_model_len)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
@@ -135,12 +137,19 @@ def _with_pages(
             f"{max_model_len} needs {needed * page_bytes} bytes of {free} free: lower max_model_len or "
             f"raise kv_cache_bytes"
         )
+    if config.max_model_len > num_pages * settings.page_size:
+        raise EngineConfigError(
+            f"num_pages = {num_pages} holds {num_pages * settings.page_size} tokens, less than "
+            f"max_model_len = {config.max_model_len}: raise one or lower the other"
+        )
     if num_pages * page_bytes > free:
         raise EngineConfigError(
             f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free: lower num_pages or "
             f"kv_cache_bytes"
         )
-    return replace(settings, num_pages=num_pages)
+    # The server refuses what is too much, in sequences; here is a backstop that it never reaches.
+    backstop = settings.max_queued_requests + settings.max_num_seqs
+    return replace(settings, num_pages=num_pages, max_queued_requests=backstop)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -152,5 +161,16 @@ def free_bytes(device: torch.device) -> int:
     free = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+        # Pages of files that were read count as used, but are given up when memory is needed.
+        files = dict(line.split() for line in used.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(text) - int(used.read_text()) + int(files.get("inactive_file", 0)))
     return max(free, 0)
+
+
+def available_cores() -> int:
+    """Cores this process may use, by affinity and by the container's quota."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists() and (parts := quota.read_text().split())[0] != "max":
+        cores = min(cores, -(-int(parts[0]) // int(parts[1])))
+    return max(cores, 1)

@@ -52,6 +52,8 @@ class Checkpoint:
     temperature: float | None = None  # the checkpoint's own defaults of sampling
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     gguf: GGUFFile | None = field(default=None, repr=False)  # parsed once; holds the vocabulary
 
 
@@ -175,6 +177,8 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         temperature=texts.default("temperature"),
         top_p=texts.default("top_p"),
         top_k=None if (top_k := texts.default("top_k")) is None else int(top_k),
+        min_p=texts.default("min_p"),
+        repetition_penalty=texts.default("repetition_penalty"),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from engine.decoding import METHODS
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
 from engine.runner import Outcome, Runner
-from scheduler.plan import Advance, Progress, StepPlan
+from scheduler.plan import Advance, Progress, Slice, StepPlan
 from scheduler.scheduler import RequestRefused, Scheduler
 from scheduler.types import FinishReason, Request
 
@@ -50,22 +50,33 @@ class EngineCore:
         except (RequestInvalid, RequestRefused) as refusal:
             logger.warning("refused request=%s: %s", request.request_id, refusal)
             self._early.extend(
-                SequenceOutput(request.request_id, index, finish=FinishReason.ERROR, error=str(refusal))
-                for index in range(request.num_choices)
+                SequenceOutput(
+                    request.request_id, index, finish=FinishReason.ERROR, error=str(refusal), refused=True
+                )
+                for index in range(max(1, request.num_choices))
             )
 
     def step(self) -> StepOutput:
         """Compute one step, if there is anything to compute, and report all news since the last call."""
         self._collect(self.scheduler.expire())
         plan = self.scheduler.plan()
-        if plan.slices or plan.preempted:
+        num_prompt_tokens = 0
+        if plan.slices:
             for seq_id in plan.preempted:
-                logger.debug("preempted sequence=%d step=%d", seq_id, plan.step)
+                sequence = self.scheduler.sequence(seq_id)
+                logger.debug("preempted request=%s choice=%d", sequence.request.request_id, sequence.index)
+            num_prompt_tokens = sum(self._new_prompt_tokens(piece) for piece in plan.slices)
             outcomes = self._execute(plan)
             progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
             self._collect(progress, outcomes)
         outputs, self._early = tuple(self._early), []
-        return StepOutput(outputs, self.scheduler.stats())
+        return StepOutput(outputs, self.scheduler.stats(), num_prompt_tokens)
+
+    def _new_prompt_tokens(self, piece: Slice) -> int:
+        """Prompt tokens that the slice reaches first, those found in the cache before it included."""
+        sequence = self.scheduler.sequence(piece.seq_id)
+        end = min(piece.start + len(piece.tokens), sequence.prompt_len)
+        return max(0, end - sequence.num_reached)
 
     def _execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
         """A step that raises ends its own sequences with an error; everyone else goes on."""
@@ -106,6 +117,8 @@ class EngineCore:
             *(sampling.allowed_token_ids or ()),
             *(token for word in sampling.bad_words for token in word),
         ]
+        if not all(sampling.bad_words) or min(sampling.logprobs or 0, sampling.prompt_logprobs or 0) < 0:
+            raise RequestInvalid("bad_words holds an empty word, or a number of logprobs is negative")
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise RequestInvalid(f"a token id lies outside the vocabulary of {self.vocab_size}")
         if request.method not in METHODS:
@@ -123,6 +136,7 @@ def _output(news: Progress, outcome: Outcome | None) -> SequenceOutput:
         finish=news.finish,
         stop_token=news.stop_token,
         error=news.error,
+        refused=outcome is not None and outcome.refused,
         logprobs=logprobs,
         prompt_logprobs=outcome.prompt_logprobs if outcome is not None else None,
         num_cached=news.num_cached,

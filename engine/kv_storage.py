@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 class KVStorage:
     """Keys and values of every layer, each [num_pages, Hkv, page_size, D].
 
-    Zero at first, which keeps slots that nobody may see finite.
+    Zero at first, which keeps slots that nobody may see finite. Once numbers went wrong somewhere
+    (`tainted`), pages are cleared when they are handed out: a NaN would spread even from a weight of 0.
     """
 
     def __init__(
@@ -26,12 +27,11 @@ class KVStorage:
         device: torch.device,
     ) -> None:
         shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
-        self.page_size = page_size
+        self.tainted = False
         self.keys = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
 
     def clear(self, pages: list[int]) -> None:
-        """Zero pages whose numbers went wrong: a NaN would spread even from a slot of weight 0."""
         index = torch.tensor(pages, dtype=torch.int64, device=self.keys[0].device)
         for layer in (*self.keys, *self.values):
             layer.index_fill_(0, index, 0)

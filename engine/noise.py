@@ -57,23 +57,20 @@ class NoiseKeys:
     def of_vocabulary(self, size: int) -> torch.Tensor:
         """-> float32 [R, size], every token's noise"""
         groups = torch.arange((size + 3) // 4, dtype=torch.int64, device=self.low.device)
-        pieces = []
-        for row in range(self.low.shape[0]):
-            one = _Row(self, row)
-            pieces.append(torch.cat([one.words(part) for part in torch.split(groups, _CHUNK)])[:size])
-        return _gumbel(torch.stack(pieces))
+        count = self.low.shape[0]
+        # On a CPU a few rows at a time: the working set stays in the cache.
+        together = max(1, _CHUNK // len(groups)) if self.low.device.type == "cpu" else count
+        pieces = [self._rows(begin, begin + together, groups) for begin in range(0, count, together)]
+        return _gumbel(torch.cat(pieces)[:, :size])
+
+    def _rows(self, begin: int, end: int, groups: torch.Tensor) -> torch.Tensor:
+        """-> int64 [rows, 4 * groups], the words of rows begin .. end"""
+        rows = slice(begin, end)
+        counter = (groups[None, :], self.place[rows], self.choice[rows], self.step[rows])
+        return torch.stack(philox(counter, (self.low[rows], self.high[rows])), -1).flatten(1)
 
     def _words(self, groups: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return philox((groups, self.place, self.choice, self.step), (self.low, self.high))
-
-
-class _Row:
-    def __init__(self, keys: NoiseKeys, row: int) -> None:
-        self.counter = (keys.place[row], keys.choice[row], keys.step[row])
-        self.key = (keys.low[row], keys.high[row])
-
-    def words(self, groups: torch.Tensor) -> torch.Tensor:
-        return torch.stack(philox((groups, *self.counter), self.key), -1).view(-1)
 
 
 def _gumbel(words: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch
 
 from engine.decoding import METHODS, Decision, DecodingMethod, Draws
 from engine.sampling.places import Place
-from engine.sampling.sampler import Drawn, logprobs_of, sample
+from engine.sampling.processors import LogitsProcessor, needs_processing
+from engine.sampling.sampler import NOT_FINITE, Drawn, logprobs_of, sample
 from scheduler.plan import Advance, Slice, StepPlan
 from scheduler.types import EMPTY_WINDOW, Sequence, Window
 
@@ -26,6 +27,7 @@ class Outcome(NamedTuple):
     advance: Advance
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per committed token
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    refused: bool = False  # with an error: the request is at fault
 
 
 class _Work(NamedTuple):
@@ -49,15 +51,19 @@ class Runner:
         self.batches = batches
         self.scheduler = scheduler
         self.methods: dict[int, DecodingMethod] = {}
+        self.processors: dict[int, LogitsProcessor] = {}
 
     def release(self, seq_id: int) -> None:
         self.methods.pop(seq_id, None)
+        self.processors.pop(seq_id, None)
         self.batches.release(seq_id)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
         for seq_id in plan.preempted:
             self.batches.release(seq_id)
+        if self.storage.tainted:
+            self.storage.clear([page for piece in plan.slices for page in piece.new_pages])
         batch = self.batches.build(plan)
         logits = self.model.forward(batch.rows, self.storage)
         works = [
@@ -85,8 +91,10 @@ class Runner:
             # A row after the last committed token, if it is computed now, and one after each window token.
             drafts = piece.tokens[len(piece.tokens) - piece.num_window :]
             first_count = 0 if piece.start < committed else 1
+            processor = self._processor(sequence)
             places = tuple(
-                Place(sequence, drafts[:count]) for count in range(first_count, piece.num_window + 1)
+                Place(sequence, drafts[:count], processor)
+                for count in range(first_count, piece.num_window + 1)
             )
         return _Work(piece, sequence, first, piece.num_logits - len(places), places)
 
@@ -96,11 +104,12 @@ class Runner:
         known = len(piece.tokens) - piece.num_window
         if not work.places:
             return Outcome(Advance(piece.seq_id, (), known, sequence.window), prompt_logprobs=scored)
-        for row in range(used, used + len(work.places)):
-            if row in drawn.errors:
-                end = piece.start + len(piece.tokens)
-                self.storage.clear(self.batches.pages_of(piece.seq_id, piece.start, end))
-                return Outcome(Advance(piece.seq_id, (), 0, error=drawn.errors[row]))
+        if drawn.errors:
+            for row in range(used, used + len(work.places)):
+                if (error := drawn.errors.get(row)) is not None:
+                    self.storage.tainted |= error.cause == NOT_FINITE
+                    failed = Advance(piece.seq_id, (), known, error=error.cause)
+                    return Outcome(failed, refused=error.refused)
         tokens = tuple(drawn.tokens[used : used + len(work.places)])
         draws = Draws(len(tokens) > piece.num_window, tokens, logits, work.first + work.num_scored)
         decision = self._method(sequence).decide(sequence, draws)
@@ -117,6 +126,13 @@ class Runner:
         if method is None:
             method = self.methods[sequence.seq_id] = METHODS[sequence.request.method]()
         return method
+
+    def _processor(self, sequence: Sequence) -> LogitsProcessor | None:
+        found = self.processors.get(sequence.seq_id)
+        if found is None and needs_processing(sequence.request.sampling):
+            found = LogitsProcessor(sequence, self.model.config.vocab_size, self.batches.device)
+            self.processors[sequence.seq_id] = found
+        return found
 
     def _bounded(self, sequence: Sequence, decision: Decision) -> Window:
         """A window that would leave the context is not computed at all."""

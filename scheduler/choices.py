@@ -11,14 +11,16 @@ from scheduler.types import FinishReason, Request, Sequence
 class Choices:
     """A request while any of its choices is alive.
 
-    Choice 0 queues at once. The others are held back until it has computed the prompt (or ended), so
-    that they find the prompt's pages instead of computing it beside it.
+    The leader, the first of them, queues at once. The others are held back until it has computed the
+    prompt, so that they find the prompt's pages instead of computing it beside it. If it ends before
+    that, the next one leads.
     """
 
     request: Request
     number: int  # unique; orders deadlines
     live: dict[int, Sequence]  # by index
     held_back: list[Sequence]
+    leader: Sequence
 
 
 def max_tokens_of(request: Request, max_model_len: int) -> int:

@@ -116,8 +116,9 @@ def _check_requests(scheduler: Scheduler) -> None:
         for index, sequence in group.live.items():
             assert sequence.index == index, "a choice under another's index"
         if group.held_back:
-            leader = group.live.get(0)
-            assert leader is not None, "choices are held back for one that ended"
+            leader = group.leader
+            assert group.live.get(leader.index) is leader, "choices are held back for one that ended"
+            assert leader not in group.held_back, "a choice is held back for itself"
             assert leader.num_reached < leader.prompt_len, "choices are held back for a computed prompt"
         timed = group.request.deadline_s is not None
         assert timed == (group.number in scheduler._deadlines), "deadlines do not match requests"

@@ -73,6 +73,12 @@ class PageTables:
             del sequence.pages[keep:]
             sequence.num_pages_sent = min(sequence.num_pages_sent, keep)
 
+    def forget(self, sequence: Sequence) -> None:
+        """Its numbers went wrong: what it alone computed is offered to nobody any more."""
+        for page in sequence.pages:
+            if self.pool.references[page] == 1:
+                self.pool.forget(page)
+
     def drop(self, sequence: Sequence) -> None:
         """Let go of every page; the full ones stay findable until their memory is needed."""
         self.pool.release(sequence.pages)

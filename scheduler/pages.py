@@ -80,6 +80,13 @@ class PagePool:
             self.page_of[key] = page
             self.key_of[page] = key
 
+    def forget(self, page: int) -> None:
+        """Make the content of a held page unfindable, whether it was findable or not."""
+        assert self.references[page] > 0, "only a held page can be forgotten"
+        key = self.key_of.pop(page, None)
+        if key is not None:
+            del self.page_of[key]
+
     def find(self, key: bytes) -> int | None:
         return self.page_of.get(key)
 

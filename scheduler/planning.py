@@ -199,15 +199,8 @@ class Planner:
         new_pages = tuple(sequence.pages[sent:])
         tokens = tuple(sequence.tokens[start:end])
         if not num_window:
-            return Slice(
-                sequence.seq_id,
-                start,
-                tokens,
-                range(start, end),
-                sent,
-                tuple(sequence.pages[sent:]),
-                num_logits,
-            )
+            positions = range(start, end)
+            return Slice(sequence.seq_id, start, tokens, positions, sent, new_pages, num_logits)
         return Slice(
             seq_id=sequence.seq_id,
             start=start,

@@ -72,7 +72,7 @@ class Scheduler:
             finish = finish_at_once(sequence, max_tokens_of(request, self.max_model_len))
             if finish is not None:
                 ended.append((sequence, finish))
-            elif sequence.index == 0:
+            elif sequence is choices.leader:
                 self._places.join(sequence)
         self._ended_at_once += [self._end(sequence, finish) for sequence, finish in ended]
 
@@ -192,7 +192,8 @@ class Scheduler:
             delivered = request.delivered[index] if index < len(request.delivered) else ()
             tokens = [*request.prompt_ids, *delivered]
             live[index] = Sequence(number + index, request, index, tokens, root_key=root)
-        return Choices(request, number, live, held_back=list(live.values())[1:])
+        leader, *others = live.values()
+        return Choices(request, number, live, held_back=others, leader=leader)
 
     def _join_held_back(self, choices: Choices) -> None:
         for sequence in choices.held_back:
@@ -212,6 +213,7 @@ class Scheduler:
 
     def _advance(self, sequence: Sequence, piece: Slice, advance: Advance) -> Progress | None:
         if advance.error is not None:
+            self._tables.forget(sequence)
             return self._end(sequence, FinishReason.ERROR, error=advance.error)
         num_before = len(sequence.tokens)
         reached_end = piece.start + len(piece.tokens) - piece.num_window == num_before
@@ -229,8 +231,10 @@ class Scheduler:
             return self._end(sequence, FinishReason.ERROR, tokens, unfit)
         assert sequence.num_computed < sequence.num_tokens, "a live sequence with nothing to compute"
         self._tables.trim(sequence)
-        if sequence.index == 0 and sequence.num_reached >= sequence.prompt_len:
-            self._join_held_back(self._requests[sequence.request.request_id])
+        if sequence.num_reached >= sequence.prompt_len:
+            choices = self._requests[sequence.request.request_id]
+            if sequence is choices.leader:
+                self._join_held_back(choices)
         return _progress(sequence, tokens) if tokens else None
 
     def _take_in(self, sequence: Sequence, piece: Slice, num_valid: int) -> None:
@@ -275,8 +279,9 @@ class Scheduler:
         del choices.live[sequence.index]
         if sequence in choices.held_back:
             choices.held_back.remove(sequence)
-        if sequence.index == 0:
-            self._join_held_back(choices)
+        if sequence is choices.leader and choices.held_back:
+            choices.leader = choices.held_back.pop(0)
+            self._places.join(choices.leader)
         if not choices.live:
             del self._requests[sequence.request.request_id]
             self._unserved.discard(sequence.request.request_id)
@@ -284,7 +289,7 @@ class Scheduler:
         return _progress(sequence, tokens, finish, error)
 
     def _end_all(self, choices: Choices, finish: FinishReason) -> list[Progress]:
-        """Choice 0 goes last: its end would send those that it holds back to the queue."""
+        """The leader goes last: its end would send the next one to the queue."""
         ended = [self._end(choices.live[index], finish) for index in sorted(choices.live, reverse=True)]
         return ended[::-1]
 

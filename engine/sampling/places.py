@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from engine.sampling.processors import LogitsProcessor
     from scheduler.types import SamplingParams, Sequence
 
 
@@ -13,6 +14,7 @@ class Place(NamedTuple):
 
     sequence: Sequence
     drafted: tuple[int, ...] = ()
+    processor: LogitsProcessor | None = None  # None: the logits are drawn from as they are
 
     @property
     def params(self) -> SamplingParams:
@@ -22,9 +24,3 @@ class Place(NamedTuple):
     def number(self) -> int:
         """Which output token is chosen here, from 0: the place in the noise."""
         return self.sequence.num_output + len(self.drafted)
-
-    def output(self) -> list[int]:
-        return self.sequence.tokens[self.sequence.prompt_len :] + list(self.drafted)
-
-    def history(self) -> list[int]:
-        return self.sequence.tokens + list(self.drafted)

@@ -11,74 +11,99 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from engine.sampling.places import Place
-    from scheduler.types import SamplingParams
+    from scheduler.types import SamplingParams, Sequence
 
 BANNED = float("-inf")
 
 
-def needs_processing(place: Place) -> bool:
-    params = place.params
-    return bool(
-        _penalised(params)
-        or params.logit_bias
-        or params.bad_words
-        or params.allowed_token_ids is not None
-        or place.number < params.min_tokens
-    )
+class LogitsProcessor:
+    """One sequence's, kept while it lives: what does not change is made once, counts grow with its tokens."""
+
+    def __init__(self, sequence: Sequence, vocab_size: int, device: torch.device) -> None:
+        params = sequence.request.sampling
+        self.sequence = sequence
+        self.params = params
+        self.device = device
+        self._bias = torch.zeros(0)
+        if params.logit_bias:
+            self._bias = torch.zeros(vocab_size, device=device)
+            for token, bias in params.logit_bias:
+                self._bias[token] = bias
+        self._forbidden = torch.zeros(0, dtype=torch.bool)
+        if params.allowed_token_ids is not None:
+            self._forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
+            self._forbidden[self._index(params.allowed_token_ids)] = False
+        # bad words by their last token but one, which must be the text's last; None = a single token
+        self._bad_words: dict[int | None, list[tuple[int, ...]]] = {}
+        for word in params.bad_words:
+            self._bad_words.setdefault(word[-2] if len(word) > 1 else None, []).append(word)
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._seen = torch.zeros(0, dtype=torch.bool)
+        self._num_counted = 0
+        if penalised(params):
+            self._counts = torch.zeros(vocab_size, dtype=torch.int64, device=device)
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._seen[self._index(sequence.request.prompt_ids)] = True
+
+    def apply(self, logits: torch.Tensor, drafted: tuple[int, ...]) -> None:
+        """logits float32 [V], changed in place; `drafted` stand after the committed tokens."""
+        if penalised(self.params):
+            self._penalise(logits, drafted)
+        if self._bias.numel():
+            logits += self._bias
+        if self._forbidden.numel():
+            logits.masked_fill_(self._forbidden, BANNED)
+        banned = self._completing(drafted) if self._bad_words else []
+        if self.sequence.num_output + len(drafted) < self.params.min_tokens:
+            banned.extend(self.params.stop_token_ids)
+        if banned:
+            logits[self._index(banned)] = BANNED
+
+    def _penalise(self, logits: torch.Tensor, drafted: tuple[int, ...]) -> None:
+        sequence, params = self.sequence, self.params
+        new = sequence.tokens[sequence.prompt_len + self._num_counted :]
+        self._num_counted += len(new)
+        self._count(self._counts, self._seen, new)
+        counts, seen = self._counts, self._seen
+        if drafted:
+            counts, seen = counts.clone(), seen.clone()
+            self._count(counts, seen, drafted)
+        if params.repetition_penalty != 1.0:
+            factor = params.repetition_penalty
+            penalty = torch.where(logits > 0, logits / factor, logits * factor)
+            logits.copy_(torch.where(seen, penalty, logits))
+        if params.presence_penalty or params.frequency_penalty:
+            logits -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
+
+    def _count(self, counts: torch.Tensor, seen: torch.Tensor, tokens: list[int] | tuple[int, ...]) -> None:
+        if tokens:
+            index = self._index(tokens)
+            counts.index_add_(0, index, torch.ones_like(index))
+            seen[index] = True
+
+    def _completing(self, drafted: tuple[int, ...]) -> list[int]:
+        """Last tokens of the bad words whose beginnings the output ends with."""
+        longest = max(len(word) for words in self._bad_words.values() for word in words)
+        begin = max(self.sequence.prompt_len, len(self.sequence.tokens) - longest)
+        tail = (*self.sequence.tokens[begin:], *drafted)
+        candidates = self._bad_words.get(None, []) + (self._bad_words.get(tail[-1], []) if tail else [])
+        return [word[-1] for word in candidates if len(word) == 1 or tail[-len(word) + 1 :] == word[:-1]]
+
+    def _index(self, ids: list[int] | tuple[int, ...]) -> torch.Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
 
 
-def process(logits: torch.Tensor, place: Place) -> None:
-    """logits float32 [V] of one place, changed in place."""
-    params = place.params
-    if _penalised(params):
-        _penalise(logits, place)
-    if params.logit_bias:
-        ids, biases = zip(*params.logit_bias, strict=True)
-        logits[_index(ids, logits)] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
-    if params.allowed_token_ids is not None:
-        kept = torch.full_like(logits, BANNED)
-        index = _index(params.allowed_token_ids, logits)
-        kept[index] = logits[index]
-        logits.copy_(kept)
-    banned = _completing(place)
-    if place.number < params.min_tokens:
-        banned.extend(params.stop_token_ids)
-    if banned:
-        logits[_index(banned, logits)] = BANNED
-
-
-def _penalised(params: SamplingParams) -> bool:
+def penalised(params: SamplingParams) -> bool:
     return (
         params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
     )
 
 
-def _penalise(logits: torch.Tensor, place: Place) -> None:
-    params = place.params
-    if params.repetition_penalty != 1.0:
-        seen = _index(sorted(set(place.history())), logits)
-        values = logits[seen]
-        factor = params.repetition_penalty
-        logits[seen] = torch.where(values > 0, values / factor, values * factor)
-    output = place.output()
-    if output and (params.presence_penalty or params.frequency_penalty):
-        counts = torch.bincount(_index(output, logits), minlength=len(logits))
-        logits -= params.presence_penalty * (counts > 0) + params.frequency_penalty * counts
-
-
-def _completing(place: Place) -> list[int]:
-    """Last tokens of the bad words whose beginnings the text ends with."""
-    if not place.params.bad_words:
-        return []
-    output = place.output()
-    banned = []
-    for word in place.params.bad_words:
-        head = list(word[:-1])
-        if not head or output[-len(head) :] == head:
-            banned.append(word[-1])
-    return banned
-
-
-def _index(ids: list[int] | tuple[int, ...], logits: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(ids, dtype=torch.int64, device=logits.device)
+def needs_processing(params: SamplingParams) -> bool:
+    return bool(
+        penalised(params)
+        or params.logit_bias
+        or params.bad_words
+        or params.allowed_token_ids is not None
+        or params.min_tokens
+    )

@@ -12,33 +12,39 @@ import torch
 
 from engine.messages import TokenLogprobs
 from engine.noise import NoiseKeys
-from engine.sampling.processors import BANNED, needs_processing, process
+from engine.sampling.processors import BANNED
 from engine.sampling.truncation import CANDIDATES, threshold, truncates, typical_mask
 
 if TYPE_CHECKING:
     from engine.sampling.places import Place
 
+NOT_FINITE = "the model's logits are not finite"
+SCORED_ROWS = 256
 GREEDY_BELOW = 1e-5  # dividing by less would leave the range of float32
 
 
 @dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row has no token. `refused`: its request asked for the impossible."""
+
+    cause: str
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Drawn:
-    """The token of each row; `errors` names what made a row's token meaningless."""
+    """The token of each row; those of rows in `errors` mean nothing."""
 
     tokens: list[int]
-    errors: dict[int, str]
+    errors: dict[int, RowError]
 
 
 def sample(logits: torch.Tensor, places: list[Place]) -> Drawn:
     """logits float32 [R, V], left as they are."""
-    changed = [row for row, place in enumerate(places) if needs_processing(place)]
-    values = logits
-    if changed:
-        values = logits.clone()
-        for row in changed:
-            process(values[row], places[row])
+    values, errors = _processed(logits, places)
     peaks, tokens = values.max(-1)
-    errors = _errors(logits, peaks, changed)
+    if not bool(torch.isfinite(peaks).all()):
+        errors = _errors(logits, peaks) | errors
     random = [
         row
         for row, place in enumerate(places)
@@ -53,15 +59,31 @@ def sample(logits: torch.Tensor, places: list[Place]) -> Drawn:
     return Drawn(chosen, errors)
 
 
-def _errors(logits: torch.Tensor, peaks: torch.Tensor, changed: list[int]) -> dict[int, str]:
-    finite = torch.isfinite(peaks)
-    if bool(finite.all()):
-        return {}
-    broken = torch.nonzero(~finite).view(-1).tolist()
-    starved = {row for row in changed if not torch.isfinite(peaks[row]) and torch.isfinite(logits[row].max())}
+def _processed(logits: torch.Tensor, places: list[Place]) -> tuple[torch.Tensor, dict[int, RowError]]:
+    """What fails in one row stays in that row."""
+    changed = [row for row, place in enumerate(places) if place.processor is not None]
+    errors: dict[int, RowError] = {}
+    if not changed:
+        return logits, errors
+    values = logits.clone()
+    for row in changed:
+        processor, drafted = places[row].processor, places[row].drafted
+        assert processor is not None
+        try:
+            processor.apply(values[row], drafted)
+        except (IndexError, RuntimeError, ValueError) as failure:
+            errors[row] = RowError(f"the sampling parameters cannot be applied: {failure}", refused=True)
+    return values, errors
+
+
+def _errors(logits: torch.Tensor, peaks: torch.Tensor) -> dict[int, RowError]:
+    """Rows without a finite peak: banned empty by their request, or broken before that."""
+    rows: list[int] = torch.nonzero(~torch.isfinite(peaks)).view(-1).tolist()
     return {
-        row: "the parameters allow no token here" if row in starved else "the model's logits are not finite"
-        for row in broken
+        row: RowError("the parameters allow no token here", refused=True)
+        if bool(torch.isfinite(logits[row].max()))
+        else RowError(NOT_FINITE)
+        for row in rows
     }
 
 
@@ -78,8 +100,9 @@ def _draw(scaled: torch.Tensor, places: list[Place]) -> list[int]:
         for row in unfinished:
             ranked = scaled[row].sort(descending=True).values
             lowest = threshold(ranked, float(scaled[row].logsumexp(-1)), places[row].params)
-            scaled[row].masked_fill_(scaled[row] < lowest, BANNED)
-        whole.extend(unfinished)
+            kept = torch.nonzero(scaled[row] >= lowest).view(1, -1)
+            noisy = scaled[row][kept] + _keys([places[row]], scaled.device).of_tokens(kept)
+            tokens[row] = int(kept[0, noisy.argmax()])
     if whole:
         noise = _keys([places[row] for row in whole], scaled.device).of_vocabulary(scaled.shape[1])
         found = (scaled[whole] + noise).argmax(-1).tolist()
@@ -130,7 +153,18 @@ def _keys(places: list[Place], device: torch.device) -> NoiseKeys:
 
 
 def logprobs_of(logits: torch.Tensor, tokens: list[int], count: int) -> list[TokenLogprobs]:
-    """logits float32 [R, V] of the model itself, the token chosen in each row -> its and the `count` best."""
+    """logits float32 [R, V] of the model itself, the token chosen in each row -> its and the `count` best.
+
+    In pieces: a long prompt's rows are gigabytes, and each intermediate value is as large again.
+    """
+    found: list[TokenLogprobs] = []
+    for begin in range(0, len(tokens), SCORED_ROWS):
+        rows = slice(begin, begin + SCORED_ROWS)
+        found += _logprobs_of_rows(logits[rows], tokens[rows], count)
+    return found
+
+
+def _logprobs_of_rows(logits: torch.Tensor, tokens: list[int], count: int) -> list[TokenLogprobs]:
     totals = logits.logsumexp(-1, keepdim=True)
     index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
     picked = logits.gather(-1, index)

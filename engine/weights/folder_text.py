@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+# What a request may ask for; a default must not be what a request could not say. A top_k of -1 is off.
+_RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1.0, 2.0**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (sys.float_info.min, 10.0),
+}
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -63,14 +71,14 @@ class FolderText:
         return None
 
     def default(self, name: str) -> float | None:
-        """A number of generation_config.json. Raises CheckpointError when it is anything else."""
+        """A number of generation_config.json. Raises CheckpointError when it is none, or out of range."""
         value = self.generation.get(name)
         if value is None:
             return None
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
-            raise CheckpointError(
-                f"{self.folder}: generation_config.json {name} = {str(value)[:80]} is not supported"
-            )
+        low, high = _RANGES[name]
+        if type(value) not in (int, float) or not low <= value <= high:
+            shown = f"generation_config.json {name} = {str(value)[:80]}"
+            raise CheckpointError(f"{self.folder}: {shown} is not between {low:g} and {high:g}")
         return float(value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,7 +119,8 @@ def _mapped(file: GGUFFile) -> Iterator[mmap.mmap]:
     try:
         yield data
     finally:
-        data.close()
+        with suppress(BufferError):  # after a failure a tensor may still look at it; it goes with the last
+            data.close()
 
 
 @contextmanager

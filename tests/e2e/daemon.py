@@ -26,7 +26,7 @@ class Daemon:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("OCTAVO_")}
         self.started_s = time.monotonic()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", "--port", "0", *flags],
+            [sys.executable, "-m", "server.cli", "serve", "--port", "0", "--device", "cpu", *flags],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
 
 from tests.e2e.daemon import Daemon, alive, wait_until
 
@@ -165,7 +166,12 @@ def test_a_flood_is_answered_429_and_what_was_accepted_is_served():
     [
         (("--max-model-len", "100000"), "8192"),
         (("--num-pages", "1000000000"), "lower num_pages"),
-        (("--device", "cuda"), "CUDA"),
+        (("--num-pages", "20", "--max-model-len", "1000"), "num_pages = 20 holds 320 tokens"),
+        pytest.param(
+            ("--device", "cuda"),
+            "CUDA",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(flags, cause):
@@ -185,7 +191,14 @@ def test_short_answers_while_a_long_prompt_is_read():
 
         long = threading.Thread(target=read_long, daemon=True)
         long.start()
-        wait_until(lambda: daemon.metrics()["vllm:num_requests_running"] == 1, 5)
+        wait_until(lambda: daemon.metrics()["vllm:num_requests_running"] == 1, 30)
         begun = time.monotonic()
         daemon.complete(prompt=PROMPT, max_tokens=4)
         assert long.is_alive(), f"the long prompt ended first, after {time.monotonic() - begun:.1f} s"
+
+
+def test_the_context_is_what_the_pages_hold():
+    with Daemon("--num-pages", "20") as daemon:
+        answer = daemon.post("/v1/chat/completions", messages=[{"role": "user", "content": "Count to 1000."}])
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["total_tokens"] <= 320

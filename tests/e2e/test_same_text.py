@@ -42,7 +42,7 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.95, "seed": 2024, "max_tokens": 24}
 
 def engine(**settings: object) -> EngineCore:
     scheduling = SchedulerConfig(**{"num_pages": 600, "policy": "fcfs", **settings})  # type: ignore[arg-type]
-    return build_engine(EngineConfig(dtype="float32", scheduler=scheduling, max_model_len=2048)).core
+    return build_engine(EngineConfig(device="cpu", dtype="float32", scheduler=scheduling)).core
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,18 @@ def test_prompt_log_probabilities_come_once_each_in_order(settings):
     assert heard.prompt_logprobs == plain.prompt_logprobs
 
 
+def test_prompt_tokens_are_counted_once_whatever_happens_to_them():
+    core = tiny_core(max_num_batched_tokens=20, num_pages=14)
+    counted = 0
+    asked = [request(f"r{n}", PROMPT[n:], temperature=0.0, max_tokens=60) for n in range(6)]
+    for one in asked:
+        core.handle(Submit(one))
+    while core.has_work:
+        counted += core.step().num_prompt_tokens
+    assert core.scheduler.stats().num_preemptions > 0
+    assert counted == sum(len(one.prompt_ids) for one in asked)
+
+
 def test_scoring_without_output():
     heard = run(tiny_core(), request("r", PROMPT, prompt_logprobs=0, max_tokens=0))["r", 0]
     assert len(heard.prompt_logprobs) == len(PROMPT) - 1
@@ -97,14 +109,17 @@ def test_a_sequence_that_cannot_be_sampled_fails_alone():
     assert heard["good", 0].tokens == alone
 
 
-def test_numbers_that_are_not_finite_end_one_sequence_and_poison_no_page():
-    core = tiny_core()
-    alone = tokens_of(core, request("good", PROMPT, **GREEDY))["good", 0]
+@pytest.mark.parametrize("bad", [[1, 299, 2], [299, *PROMPT]])
+def test_numbers_that_are_not_finite_end_one_sequence_and_poison_no_page(bad):
+    """Not even of a prompt whose earlier chunks were computed, and offered to others, before it showed."""
+    asked = [request(f"good{n}", PROMPT[n:], **GREEDY) for n in range(12)]
+    alone = tokens_of(tiny_core(), *asked)
+    core = tiny_core(max_num_batched_tokens=16, num_pages=24)
     core.runner.model.embedding[299] = torch.nan
-    heard = run(core, request("bad", [1, 299, 2], **GREEDY), request("good", PROMPT, **GREEDY))
-    assert heard["bad", 0].finish is FinishReason.ERROR
-    assert heard["good", 0].tokens == alone
-    assert all(torch.isfinite(layer).all() for layer in core.runner.storage.values)
+    assert run(core, request("bad", bad, **GREEDY))["bad", 0].finish is FinishReason.ERROR
+    assert core.scheduler.stats().num_pages_cached == 0
+    for one in asked:
+        assert tokens_of(core, one)[one.request_id, 0] == alone[one.request_id, 0]
 
 
 def test_a_step_that_raises_ends_its_own_sequences_and_the_next_step_works(monkeypatch):
@@ -131,6 +146,8 @@ def test_a_step_that_raises_ends_its_own_sequences_and_the_next_step_works(monke
         {"allowed_token_ids": (2**40,)},
         {"method": "guesswork"},
         {"prompt_ids": ()},
+        {"bad_words": ((),)},
+        {"logprobs": -1},
         {"prompt_ids": (1,) * 513},
     ],
 )

@@ -10,15 +10,19 @@ from engine.messages import TokenLogprobs
 from engine.noise import NoiseKeys
 from engine.sampling import sampler
 from engine.sampling.places import Place
+from engine.sampling.processors import LogitsProcessor, needs_processing
 from engine.sampling.sampler import logprobs_of, sample
 from scheduler.types import Request, SamplingParams, Sequence
 
 VOCABULARY = 1000
 
 
-def place(prompt=(1, 2), output=(), drafted=(), index=0, **sampling) -> Place:
+def place(prompt=(1, 2), output=(), drafted=(), index=0, vocabulary=VOCABULARY, **sampling) -> Place:
     asked = Request(request_id="r", prompt_ids=tuple(prompt), sampling=SamplingParams(**sampling))
-    return Place(Sequence(0, asked, index, [*prompt, *output]), tuple(drafted))
+    sequence = Sequence(0, asked, index, [*prompt, *output])
+    needed = needs_processing(asked.sampling)
+    processor = LogitsProcessor(sequence, vocabulary, torch.device("cpu")) if needed else None
+    return Place(sequence, tuple(drafted), processor)
 
 
 def random_logits(rows: int, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -114,15 +118,15 @@ def test_penalties_by_hand():
         prompt=[0],
         output=[1, 2, 2],
         drafted=[3],
+        vocabulary=5,
         temperature=0.0,
         repetition_penalty=2.0,
         presence_penalty=0.5,
         frequency_penalty=0.25,
     )
     values = logits.clone()
-    from engine.sampling.processors import process
-
-    process(values[0], asked)
+    assert asked.processor is not None
+    asked.processor.apply(values[0], asked.drafted)
     torch.testing.assert_close(values[0], torch.tensor([1.0, -4.75, -0.5, 0.0, 0.0]))
     assert sample(logits, [seen]).tokens == [0]
 
@@ -155,8 +159,10 @@ def test_a_row_without_any_token_and_a_row_that_is_not_finite_fail_alone():
     ]
     drawn = sample(logits, places)
     assert set(drawn.errors) == {0, 1}
-    assert "allow no token" in drawn.errors[0]
-    assert "not finite" in drawn.errors[1]
+    assert drawn.errors[0].refused
+    assert "allow no token" in drawn.errors[0].cause
+    assert not drawn.errors[1].refused
+    assert "not finite" in drawn.errors[1].cause
     assert drawn.tokens[2] == int(logits[2].argmax())
 
 
@@ -170,3 +176,27 @@ def test_logprobs_are_the_models_own():
     assert second.logprob == pytest.approx(float(expected[1, 3]), abs=1e-5)
     assert second.rank == int((expected[1] > expected[1, 3]).sum()) + 1
     assert [token for token, _ in second.top] == expected[1].topk(4).indices.tolist()
+
+
+def test_counts_grow_with_the_sequence():
+    """What a processor keeps between steps is what a new one would count."""
+    kept = place(output=[1], temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5)
+    logits = random_logits(1)
+    for token in (4, 4, 9):
+        assert kept.processor is not None
+        kept.processor.apply(logits[0].clone(), (7, 7))
+        kept.sequence.tokens.append(token)
+    fresh = place(output=[1, 4, 4, 9], temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5)
+    one, other = logits[0].clone(), logits[0].clone()
+    assert fresh.processor is not None
+    kept.processor.apply(one, (4,))
+    fresh.processor.apply(other, (4,))
+    assert torch.equal(one, other)
+
+
+def test_parameters_that_cannot_be_applied_fail_in_their_row():
+    logits = random_logits(2)
+    broken = place(temperature=0.0, min_tokens=3, stop_token_ids=(10**6,))
+    drawn = sample(logits, [broken, place(temperature=0.0)])
+    assert list(drawn.errors) == [0]
+    assert drawn.tokens[1] == int(logits[1].argmax())

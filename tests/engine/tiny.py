@@ -125,6 +125,7 @@ def run(core: EngineCore, *requests: Request, checked: bool = True) -> dict[tupl
     if checked:
         check_empty(core.scheduler)
         assert not core.runner.methods, "a decoding method outlived its sequence"
+        assert not core.runner.processors, "a logits processor outlived its sequence"
         assert not core.runner.batches.num_tables, "a page table outlived its sequence"
     return heard
 

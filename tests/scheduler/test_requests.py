@@ -190,3 +190,11 @@ def test_stats_count_what_is_there() -> None:
     assert (stats.num_pages, stats.num_pages_held, stats.num_pages_cached) == (16, 2, 0)
     assert sum(stats.running_by_level) == 1
     assert sum(stats.waiting_by_level) == 1  # the second choice is held back: it is in no level yet
+
+
+def test_when_the_first_choice_ends_early_the_next_one_computes_the_prompt_for_the_rest() -> None:
+    """After a crash the first choice may have been delivered whole: the others must not all compute alone."""
+    driver = Driver()
+    driver.add(request("a", num_choices=4, max_tokens=4))
+    driver.scheduler.abort("a", 0)
+    assert len(driver.plan().slices) == 1
