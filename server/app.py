@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -20,7 +20,7 @@ from server.routes.operations import operations_router
 from server.routes.tokens import tokens_router
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
 
     from server.service import Service
 
@@ -34,7 +34,7 @@ def create_app(service: Service) -> FastAPI:
         version=service.version,
         redoc_url=None,
         redirect_slashes=False,
-        lifespan=lambda app: _reporting(service),
+        lifespan=lambda app: _beside(service.report_throughput(), service.check_template()),
     )
     for router in (completions_router, chat_router, models_router, tokens_router, operations_router):
         app.include_router(router(service))
@@ -61,11 +61,12 @@ def _surround(app: FastAPI, service: Service) -> None:
 
 
 @asynccontextmanager
-async def _reporting(service: Service) -> AsyncIterator[None]:
-    reporter = asyncio.create_task(service.report_throughput())
+async def _beside(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `work` while the application does, and no longer."""
+    tasks = [asyncio.create_task(each) for each in work]
     try:
         yield
     finally:
-        reporter.cancel()
-        with suppress(asyncio.CancelledError):
-            await reporter
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -20,11 +20,12 @@ class ApiKeyMiddleware:
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self.app = app
-        self._keys = tuple(key.encode() for key in config.api_keys)
+        self._guarded = bool(config.api_keys)  # an empty key among them opens nothing
+        self._keys = tuple(key.encode() for key in config.api_keys if key)
         self._open = OPEN_PATHS if config.metrics_require_key else OPEN_PATHS | {"/metrics"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or not self._keys or self._is_open(scope) or self._has_key(scope):
+        if scope["type"] == "lifespan" or not self._guarded or self._is_open(scope) or self._has_key(scope):
             await self.app(scope, receive, send)
             return
         if scope["type"] == "websocket":
@@ -40,7 +41,7 @@ class ApiKeyMiddleware:
         accepted = False
         for key in self._keys:  # every key is compared, so that time tells nothing
             accepted |= hmac.compare_digest(key, offered)
-        return accepted
+        return accepted and bool(offered)
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -34,6 +34,13 @@ class ServerConfig:
     max_body_bytes: int = field(
         default=16 * 2**20, metadata={"help": "larger bodies are answered 413", "min": 1}
     )
+    max_header_bytes: int = field(
+        default=64 * 2**10,
+        metadata={"help": "request line and headers; larger ones are answered 431", "min": 1024},
+    )
+    max_connections: int = field(
+        default=4096, metadata={"help": "open connections; more are answered 503 and closed", "min": 1}
+    )
     max_prompts: int = field(default=128, metadata={"help": "prompts in one completion request", "min": 1})
     max_choices: int = field(default=16, metadata={"help": "upper bound of n and best_of", "min": 1})
     max_stop_strings: int = field(default=16, metadata={"help": "strings in `stop`"})
@@ -45,11 +52,22 @@ class ServerConfig:
     max_messages: int = field(default=4096, metadata={"help": "messages in one chat request"})
     max_chars_per_token: int = field(
         default=128,
-        metadata={"help": "a prompt with more characters than this times the context is not even tokenised"},
+        metadata={
+            "help": "a prompt with more characters than this times the context is not even tokenised",
+            "min": 1,
+        },
+    )
+    max_json_depth: int = field(
+        default=64, metadata={"help": "arrays and objects within each other in a body", "min": 4, "max": 200}
+    )
+    max_waiting_text_jobs: int = field(
+        default=1024,
+        metadata={"help": "large bodies, /tokenize and /detokenize that wait for a thread; more = 429"},
     )
     max_tokenize_chars: int = field(default=2**20, metadata={"help": "characters of text in /tokenize"})
     num_text_threads: int = field(
-        default=2, metadata={"help": "threads that render and tokenise prompts beside the event loop"}
+        default=2,
+        metadata={"help": "threads that render and tokenise prompts beside the event loop", "min": 1},
     )
     max_template_output_chars: int = field(
         default=4 * 2**20, metadata={"help": "characters a chat template may produce", "min": 1}

@@ -1,6 +1,7 @@
 """The log: one line per event an operator needs, as `event key=value …` or as one JSON object.
 
-Values that come from clients are bounded and stripped of control characters before they are written.
+Whatever is not printable is written escaped, so that nobody can forge a line or send an escape sequence
+to a terminal; tracebacks are indented.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
 class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        parts = [f"{stamp}.{int(record.msecs):03d} {record.levelname:<7} {record.getMessage()}"]
+        parts = [f"{stamp}.{int(record.msecs):03d} {record.levelname:<7} {_escaped(record.getMessage())}"]
         parts += [f"{key}={_plain(value)}" for key, value in _fields(record).items()]
-        line = " ".join(parts)
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        trace = self.formatException(record.exc_info).splitlines() if record.exc_info else []
+        return "\n    ".join([" ".join(parts), *map(_escaped, trace)])
 
 
 class JsonFormatter(logging.Formatter):
@@ -71,11 +72,20 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _escaped(json.dumps(line, ensure_ascii=False, default=str))
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if " " in text or '"' in text or not text else text
+    if text and text.isprintable() and " " not in text and '"' not in text:
+        return text
+    return _escaped(json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(text: str) -> str:
+    """Every character that is not printable as JSON escapes it."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

@@ -126,26 +126,34 @@ class Metrics:
         if self._ready is not None:
             self._restarts.inc()
         self._ready = ready
-        self.totals.stats = SchedulerStats()
+        self._begin_again(ready.num_pages)
         sizes = {"block_size": str(ready.page_size), "num_gpu_blocks": str(ready.num_pages)}
         self._cache_config.clear()
         self._cache_config.labels(self._model, *sizes.values(), ready.dtype).set(1)
 
+    def on_lost(self) -> None:
+        """The engine is gone, and its pages with it."""
+        self._begin_again(0)
+
     def on_step(self, step: StepOutput) -> None:
         now = self._clock()
-        tokens = sum(self._observe_tokens(output, now) for output in step.outputs if output.tokens)
+        for output in step.outputs:
+            self._observe_output(output, now)
+        tokens = step.num_prompt_tokens + sum(len(output.tokens) for output in step.outputs)
         if tokens:
             self._iteration_tokens.observe(tokens)
         self._observe_stats(step.stats)
 
-    def _observe_tokens(self, output: SequenceOutput, now: float) -> int:
-        """Tokens that this output stands for: its own, and the prompt's with the first of a request."""
+    def _observe_output(self, output: SequenceOutput, now: float) -> None:
         record = self._live.get(output.request_id)
         if record is None or record.sequences[output.index].finished:
-            return 0
+            return
         times = record.sequences[output.index]
-        count = len(output.tokens)
-        prompt = 0
+        times.first_scheduled_s = times.first_scheduled_s or output.first_scheduled_s
+        if output.tokens:
+            self._observe_tokens(record, times, len(output.tokens), now)
+
+    def _observe_tokens(self, record: RequestRecord, times: SequenceTimes, count: int, now: float) -> None:
         if not record.prompt_counted:
             record.prompt_counted = True
             prompt = len(record.request.prompt_ids)
@@ -153,12 +161,10 @@ class Metrics:
             self._request_prompt_tokens.observe(prompt)
             self.totals.prompt_tokens += prompt
         self._observe_latency(record.request, times, count, now)
-        times.first_scheduled_s = times.first_scheduled_s or output.first_scheduled_s
         times.num_tokens += count
         times.last_token_s = now
         self._generation_tokens.inc(count)
         self.totals.generation_tokens += count
-        return prompt + count
 
     def _observe_latency(self, request: Request, times: SequenceTimes, count: int, now: float) -> None:
         gaps, gap = count, (now - times.last_token_s) / count
@@ -181,6 +187,12 @@ class Metrics:
         self._prefill.observe(times.first_token_s - started)
         self._decode.observe(times.last_token_s - times.first_token_s)
         self._inference.observe(times.last_token_s - started)
+
+    def _begin_again(self, num_pages: int) -> None:
+        """What an engine reports before its first step."""
+        idle = tuple(0 for _ in self.totals.stats.running_by_level)
+        self.totals.stats = SchedulerStats()
+        self._observe_stats(SchedulerStats(num_pages=num_pages, running_by_level=idle, waiting_by_level=idle))
 
     def _observe_stats(self, stats: SchedulerStats) -> None:
         before, self.totals.stats = self.totals.stats, stats

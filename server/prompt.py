@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
 from server.special_text import FreeCharacters, SpecialTextMask, strings_in
-from server.template_process import TemplateError, TemplateLimits, TemplateProcess
+from server.template_process import TemplateError, TemplateLimits, TemplateProcess, TemplateUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from server.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "RenderOptions", "TemplateError", "TemplateLimits"]
+__all__ = ["ChatTemplate", "RenderOptions", "TemplateError", "TemplateLimits", "TemplateUnavailable"]
 
 Message = dict[str, Any]
 
@@ -45,18 +45,22 @@ class ChatTemplate:
         """Start the process without waiting for it, so that the first rendering need not."""
         self._process.start()
 
+    def check(self) -> None:
+        """Wait until the template is compiled. Raises TemplateError or TemplateUnavailable."""
+        self._process.check()
+
     def close(self) -> None:
         self._process.close()
 
     def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> str:
-        """The prompt's text. Raises TemplateError in one line."""
+        """The prompt's text. Raises TemplateError, TemplateUnavailable or NoFreeCharacter, in one line."""
         return self._render(messages, options, self._free_characters(messages, options))
 
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Message], **options: Unpack[RenderOptions]
     ) -> tuple[str, list[int]]:
         """The prompt's text and ids. Special tokens come from the template alone: the same characters
-        in a message are plain text. Raises TemplateError in one line."""
+        in a message are plain text. Raises as `render` does."""
         free = self._free_characters(messages, options)
         mask = SpecialTextMask(tokenizer.special_texts, free)
         masked = cast("RenderOptions", {name: mask.apply(value) for name, value in options.items()})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
-from server.errors import ApiError, invalid
-from server.prompt import TemplateError
+from server.errors import ApiError, invalid, unavailable
+from server.prompt import TemplateError, TemplateUnavailable
+from server.special_text import NoFreeCharacter, strings_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from server.wire.requests import ChatMessage, ChatRequest, TokenizeRequest
 
 RawPrompt = str | list[int]
+
+TEMPLATE_RETRY_S = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +42,14 @@ class PromptReader:
 
     def read(self, raw: RawPrompt, param: str, *, add_special: bool) -> Prompt:
         if isinstance(raw, str):
-            self._check_chars(raw, param)
+            self._check_chars(len(raw), param)
             prompt = Prompt(tuple(self._encode(raw, begin=add_special)), raw)
         else:
             self._check_length(len(raw), param)
-            check_token_ids(raw, self.vocab_size, param)
             prompt = Prompt(tuple(raw), None)
         if not prompt.ids:
             raise invalid("The prompt is empty.", param, "empty_prompt")
-        self._check_length(len(prompt.ids), param)
+        self._check_ids(prompt.ids, param)
         return prompt
 
     def read_chat(self, body: ChatRequest) -> Prompt:
@@ -60,7 +62,7 @@ class PromptReader:
             documents=body.documents,
             kwargs=body.chat_template_kwargs,
         )
-        self._check_length(len(ids), "messages")
+        self._check_ids(ids, "messages")
         return Prompt(tuple(ids), text)
 
     def read_tokenize(self, body: TokenizeRequest) -> list[int]:
@@ -86,12 +88,26 @@ class PromptReader:
                 f"The request has {len(messages)} messages; at most {self.limits.max_messages} are taken."
             )
             raise invalid(message, "messages")
-        self._check_chars("".join(message.content or "" for message in messages), "messages")
         dicts = [self._as_dict(message) for message in messages]
+        num_chars = {
+            name: sum(map(len, strings_in(value)))
+            for name, value in (
+                ("messages", dicts),
+                ("documents", options.get("documents")),
+                ("chat_template_kwargs", options.get("kwargs")),
+            )
+        }
+        largest = max(num_chars, key=lambda name: num_chars[name])
+        self._check_chars(sum(num_chars.values()), largest)
         try:
             text, ids = self.template.encode(self.tokenizer, dicts, **options)
+        except NoFreeCharacter as error:
+            raise invalid(f"{largest}: {error}.", largest) from None
         except TemplateError as error:
             raise invalid(f"The chat template cannot render these messages: {error}", "messages") from None
+        except TemplateUnavailable as error:
+            message = f"The chat template cannot be rendered now: {error}"
+            raise unavailable(message, TEMPLATE_RETRY_S, "template_unavailable") from None
         if not ids:
             raise invalid("The prompt is empty.", "messages", "empty_prompt")
         return text, ids
@@ -111,14 +127,18 @@ class PromptReader:
     def _template_source(self) -> str:
         return self.template.source if self.template else ""
 
-    def _check_chars(self, text: str, param: str) -> None:
-        most = self.max_model_len * self.limits.max_chars_per_token
-        if len(text) > most:
+    def _check_chars(self, num_chars: int, param: str) -> None:
+        if num_chars > self.max_model_len * self.limits.max_chars_per_token:
             message = (
-                f"The prompt has {len(text)} characters, which cannot fit into the model's "
+                f"The prompt has {num_chars} characters, which cannot fit into the model's "
                 f"{self.max_model_len} tokens."
             )
             raise invalid(message, param, "context_length_exceeded")
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        """A tokeniser may know tokens that the model has no row for, so its ids are checked as well."""
+        self._check_length(len(ids), param)
+        check_token_ids(ids, self.vocab_size, param)
 
     def _check_length(self, num_tokens: int, param: str) -> None:
         if num_tokens >= self.max_model_len:

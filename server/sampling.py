@@ -38,6 +38,8 @@ class SamplingDefaults:
             temperature=_or(checkpoint.temperature, cls.temperature),
             top_p=_or(checkpoint.top_p, cls.top_p),
             top_k=int(_or(checkpoint.top_k, cls.top_k)),
+            min_p=_or(checkpoint.min_p, cls.min_p),
+            repetition_penalty=_or(checkpoint.repetition_penalty, cls.repetition_penalty),
         )
 
 
@@ -78,9 +80,10 @@ def base_sampling(
     prompt_logprobs: int | None,
 ) -> SamplingParams:
     """Everything but max_tokens, which depends on each prompt. Tokenises bad_words: not for the loop."""
-    stop_ids = (*(() if body.ignore_eos else eos_token_ids), *(body.stop_token_ids or ()))
+    eos_ids = () if body.ignore_eos else (token for token in eos_token_ids if token < vocab_size)
+    stop_ids = (*eos_ids, *(body.stop_token_ids or ()))
     allowed = body.allowed_token_ids
-    return SamplingParams(
+    sampling = SamplingParams(
         seed=secrets.randbits(64) if body.seed is None else body.seed & SEED_MASK,
         temperature=_or(body.temperature, defaults.temperature),
         top_p=max(MIN_TOP_P, _or(body.top_p, defaults.top_p)),
@@ -93,11 +96,13 @@ def base_sampling(
         logit_bias=_biases(body, vocab_size),
         min_tokens=body.min_tokens or 0,
         stop_token_ids=tuple(dict.fromkeys(stop_ids)),
-        bad_words=_bad_words(tokenizer, body.bad_words or []),
+        bad_words=_bad_words(tokenizer, body.bad_words or [], vocab_size),
         allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+    _check_some_token_is_left(sampling)
+    return sampling
 
 
 def fit_max_tokens(
@@ -116,11 +121,26 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _bad_words(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:
-    """Each word as it starts a text and as it follows a space, which are different tokens."""
+def _check_some_token_is_left(sampling: SamplingParams) -> None:
+    """What the run alone reveals, as bad words of several tokens, the engine refuses."""
+    if sampling.allowed_token_ids is None:
+        return
+    left = set(sampling.allowed_token_ids) - {word[0] for word in sampling.bad_words if len(word) == 1}
+    if not left:
+        raise invalid("bad_words forbid every token of allowed_token_ids.", "allowed_token_ids")
+    if sampling.min_tokens and not left.difference(sampling.stop_token_ids):
+        message = (
+            "min_tokens needs a token other than those that end the text, and allowed_token_ids has none."
+        )
+        raise invalid(message, "allowed_token_ids")
+
+
+def _bad_words(tokenizer: Tokenizer, words: list[str], vocab_size: int) -> tuple[tuple[int, ...], ...]:
+    """Each word as it starts a text and as it follows a space, which are different tokens. A word with a
+    token that the model does not have cannot occur."""
     spellings = (form for word in words for form in (word, " " + word.lstrip(" ")))
     encoded = (tuple(tokenizer.encode(form, special=False)) for form in spellings)
-    return tuple(dict.fromkeys(ids for ids in encoded if ids))
+    return tuple(dict.fromkeys(ids for ids in encoded if ids and max(ids) < vocab_size))
 
 
 def _biases(body: GenerationFields, vocab_size: int) -> tuple[tuple[int, float], ...]:

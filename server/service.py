@@ -9,10 +9,7 @@ import time
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import anyio
-import anyio.to_thread
+from typing import TYPE_CHECKING
 
 from engine.checkpoint import Checkpoint, CheckpointError
 from scheduler.types import Request
@@ -20,10 +17,11 @@ from server import logs
 from server.admission import Admission
 from server.errors import ApiError, unavailable
 from server.metrics import Metrics
-from server.prompt import ChatTemplate, TemplateLimits
+from server.prompt import ChatTemplate, TemplateError, TemplateLimits, TemplateUnavailable
 from server.prompt_reader import PromptReader
 from server.sampling import SamplingDefaults, base_sampling, check_limits, check_max_tokens, fit_max_tokens
 from server.streams import Generation, TextOptions
+from server.text_threads import TextThreads
 from server.tokenizer import Tokenizer
 from server.version import octavo_version
 
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
     from server.config import Config, ServerConfig
     from server.prompt_reader import Prompt
     from server.wire.fields import GenerationFields
-
-T = TypeVar("T")
 
 NOT_READY_RETRY_S = 2
 DRAIN_GRACE_S = 1.0  # what cut streams get to send their last words
@@ -76,7 +72,7 @@ class Service:
         self.created_s = int(time.time())
         self.metrics = Metrics(self.model_name)
         self.admission = Admission(scheduler.max_queued_requests + scheduler.max_num_seqs)
-        self._threads = anyio.CapacityLimiter(server.num_text_threads)
+        self.threads = TextThreads(server.num_text_threads, server.max_waiting_text_jobs)
         self._active: set[Generation] = set()
         self._known_ready: Ready | None = None
         self._last_step_s = 0.0
@@ -143,10 +139,6 @@ class Service:
             vocab_size=self.vocab_size,
         )
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Tokenising and rendering never run on the event loop."""
-        return await anyio.to_thread.run_sync(work, limiter=self._threads)
-
     # Work
 
     def check(self, body: GenerationFields) -> None:
@@ -161,7 +153,7 @@ class Service:
         arrival_s = time.monotonic()
         ticket = self.admission.reserve(job.num_prompts * job.num_choices)
         try:
-            prompts, sampling = await self.in_thread(lambda: self._prepare(job))
+            prompts, sampling = await self.threads.run(lambda: self._prepare(job))
             self.check_ready()
             generation = Generation(
                 self._requests(job, prompts, sampling, arrival_s),
@@ -258,11 +250,24 @@ class Service:
         self.metrics.on_step(step)
 
     def note_ready(self) -> None:
-        """Tell the metrics of an engine that was not there before."""
+        """Tell the metrics of an engine that was not there before, or is no more."""
         ready = self.client.ready
-        if ready is not None and ready is not self._known_ready:
-            self._known_ready = ready
+        if ready is self._known_ready:
+            return
+        self._known_ready = ready
+        if ready is None:
+            self.metrics.on_lost()
+        else:
             self.metrics.on_ready(ready)
+
+    async def check_template(self) -> None:
+        """Say in the log, once, that chats will fail."""
+        if self.template is None:
+            return
+        try:
+            await self.threads.run(self.template.check)
+        except (TemplateError, TemplateUnavailable) as error:
+            logs.log(logging.ERROR, "chat template fails", cause=str(error))
 
     async def drain(self) -> None:
         """Take no new work, let what runs end, and after drain_timeout_s end it with an error."""

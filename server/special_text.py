@@ -7,28 +7,30 @@ plain text (`Tokenizer.encode_masked`). Texts that spell none pass unchanged, id
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
-@dataclass(slots=True)
-class FreeCharacters:
-    """Private-use characters that occur in none of `texts`."""
+class NoFreeCharacter(Exception):
+    """The texts use every private-use character."""
 
-    texts: tuple[str, ...]
-    _candidates: Iterator[int] = field(default_factory=lambda: iter(_PRIVATE_USE))
+
+class FreeCharacters:
+    """Private-use characters that occur in none of `texts`, each given out once."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        used = frozenset().union(*texts)
+        self._free = (char for char in map(chr, _PRIVATE_USE) if char not in used)
 
     def take(self) -> str:
-        """Raises ValueError when the texts use up all of them."""
-        for code in self._candidates:
-            if not any(chr(code) in text for text in self.texts):
-                return chr(code)
-        raise ValueError("the texts use every private-use character")
+        """Raises NoFreeCharacter when the texts use up all of them."""
+        for character in self._free:
+            return character
+        raise NoFreeCharacter("the text uses every private-use character")
 
 
 class SpecialTextMask:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.types import FinishReason
 from server.detokenizer import IncrementalDetokenizer
-from server.errors import ApiError
+from server.errors import ApiError, invalid
 from server.stops import StopMatcher
 
 if TYPE_CHECKING:
@@ -205,11 +205,10 @@ class Generation:
         if self.readers[index].finish is None:
             self._slots.setdefault(index, Slot()).merge(output)
         if output.finish is not None:
-            self._metrics.finish(output.request_id, output.index, output.finish.value)
             self._ticket.release_one()
         if output.finish is FinishReason.ERROR:
-            message = f"The engine could not compute the request: {output.error or 'no cause given'}"
-            self.fail(ApiError(500, message, code="engine_error"))
+            self._metrics.finish(output.request_id, output.index, output.finish.value)
+            self.fail(_engine_error(output))
         self._news.set()
 
     def fail(self, error: ApiError) -> None:
@@ -262,7 +261,7 @@ class Generation:
             if reader.finish is None:
                 slot = self._slots.setdefault(reader.index, Slot())
                 slot.finish = slot.finish or FinishReason.DEADLINE
-                self._end_in_engine(reader.index, "deadline")
+                self._abort(reader.index)
 
     def _read(self) -> list[Delta]:
         deltas = []
@@ -271,18 +270,18 @@ class Generation:
             delta = reader.read(slot)
             if delta.finish is not None:
                 self._unfinished -= 1
+                number, choice = divmod(index, self.num_choices)
+                self._metrics.finish(self.requests[number].request_id, choice, delta.finish)
                 if slot.finish is None:  # the stop string was found here: the engine does not know
-                    self._end_in_engine(index, "stop")
+                    self._abort(index)
             if self._keep_text:
                 self.texts[index] = self.texts.get(index, "") + delta.text
             deltas.append(delta)
         return deltas
 
-    def _end_in_engine(self, index: int, reason: str) -> None:
+    def _abort(self, index: int) -> None:
         number, choice = divmod(index, self.num_choices)
-        request_id = self.requests[number].request_id
-        self._metrics.finish(request_id, choice, reason)
-        self._client.abort(request_id, choice)
+        self._client.abort(self.requests[number].request_id, choice)
 
     def _prompt_is_scored(self, index: int) -> bool:
         """Echoed logprobs come first, so a choice waits for those of its prompt, unless it ended."""
@@ -291,3 +290,10 @@ class Generation:
         if request.sampling.prompt_logprobs is None or self._slots[index].finish is not None:
             return True
         return len(self.prompt_logprobs[number]) >= len(request.prompt_ids) - 1
+
+
+def _engine_error(output: SequenceOutput) -> ApiError:
+    cause = output.error or "no cause given"
+    if output.refused:
+        return invalid(f"The request cannot be computed: {cause}.", code="refused_by_engine")
+    return ApiError(500, f"The engine could not compute the request: {cause}.", code="engine_error")

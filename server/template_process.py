@@ -15,17 +15,24 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _MAX_MEMORY_BYTES = 2**30
 _MAX_WAIT_S = 30.0  # for the renderings of other requests
+# How a worker ends that meets its own bound of memory where it cannot say so: by an error while it
+# writes, or by a crash of C code. SIGKILL and its like come from somebody else.
+_OUT_OF_MEMORY = (1, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 # The worker sees nothing of the server's environment but what Python needs to start: it holds secrets.
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH", "LANG", "LC_ALL", "TZ")
 
 
 class TemplateError(Exception):
     """A template that cannot be compiled or rendered, or that went beyond its bounds. One line."""
+
+
+class TemplateUnavailable(Exception):
+    """No rendering now, and neither the template nor the request is at fault. One line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,52 +58,59 @@ class TemplateProcess:
 
     def start(self) -> None:
         """Start the worker without waiting for it, so that the first rendering need not."""
-        with self._lock:
+        with self._lock, contextlib.suppress(TemplateUnavailable):  # a rendering will try again
             self._start()
 
+    def check(self) -> None:
+        """Wait until the worker has compiled the template. Raises TemplateError or TemplateUnavailable."""
+        with self._turn():
+            pass
+
     def render(self, given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
-        """The text. `extra` must not name what `given` or Jinja defines. Raises TemplateError."""
+        """The text. `extra` must not name what `given` or Jinja defines. Raises as `check` does."""
         try:
             job = _framed({"given": dict(given), "extra": dict(extra)})
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(f"the variables are not JSON: {error}") from error
-        if not self._lock.acquire(timeout=_MAX_WAIT_S):
-            raise TemplateError("too many renderings are waiting")
-        try:
-            self._start()
-            self._await_ready()
-            return self._exchange(job)
-        finally:
-            self._lock.release()
+        with self._turn():
+            self._send(job)
+            return str(self._result())
 
     def close(self) -> None:
         """End the worker. A later rendering starts another."""
         with self._lock:
             self._stop()
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the worker to oneself. The time that Python needs to start is not the template's."""
+        if not self._lock.acquire(timeout=_MAX_WAIT_S):
+            raise TemplateUnavailable("too many renderings are waiting")
+        try:
+            self._start()
+            if not self._ready:
+                self._result()
+                self._ready = True
+            yield
+        finally:
+            self._lock.release()
+
     def _start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
         self._stop()
-        self._process = subprocess.Popen(
-            # -P: the worker's folder is full of names that would hide the standard library's
-            [sys.executable, "-P", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        )
+        try:
+            self._process = subprocess.Popen(
+                # -P: the worker's folder is full of names that would hide the standard library's
+                [sys.executable, "-P", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+            )
+        except OSError as error:
+            raise TemplateUnavailable(f"its process cannot be started: {error}") from error
         self._ready = False
         self._send(_framed(self._setup))
-
-    def _await_ready(self) -> None:
-        """The time that Python needs to start does not count as the template's."""
-        if not self._ready:
-            self._result()
-            self._ready = True
-
-    def _exchange(self, job: bytes) -> str:
-        self._send(job)
-        return str(self._result())
 
     def _send(self, frame: bytes) -> None:
         assert self._process is not None
@@ -130,11 +144,13 @@ class TemplateProcess:
             raise self._dead()
         return json.loads(raw)
 
-    def _dead(self) -> TemplateError:
+    def _dead(self) -> TemplateError | TemplateUnavailable:
         status = self._stop()
         if status == -signal.SIGALRM:
             return TemplateError(f"it takes longer than {self._limits.timeout_s:g} s")
-        return TemplateError(f"its process ended with status {status}")
+        if status in _OUT_OF_MEMORY and self._ready:
+            return TemplateError("it needs too much memory")
+        return TemplateUnavailable(f"its process ended with status {status}")
 
     def _stop(self) -> int | None:
         """Close the pipes, which ends an idle worker, and make sure that it is gone."""

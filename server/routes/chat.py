@@ -14,9 +14,10 @@ from server.delivery import usage_of
 from server.errors import invalid
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import described
+from server.routes.bodies import read_body
 from server.routes.generation import answer, name_ignored, stream
 from server.service import Job, Service, new_id
-from server.wire.body import read_body
+from server.wire.body import parse_body
 from server.wire.requests import ChatRequest
 from server.wire.responses import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChunkChoice, Message
 from server.wire.responses import Delta as WireDelta
@@ -30,12 +31,17 @@ if TYPE_CHECKING:
 
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
+    limits = service.config.server
+
+    def parse(raw: bytes) -> ChatRequest:
+        body = parse_body(raw, ChatRequest, limits.max_json_depth)
+        service.check(body)
+        _check(body, limits)
+        return body
 
     @router.post("/v1/chat/completions", **described(ChatRequest, ChatCompletion))
     async def create_chat_completion(request: Request) -> Response:
-        body = await read_body(request, ChatRequest)
-        service.check(body)
-        _check(body, service.config.server)
+        body = await read_body(request, service, parse)
         headers = name_ignored(request, body)
         generation = await service.generate(_job(body))
         view = ChatView(service, body, generation)

@@ -16,10 +16,11 @@ from server.errors import invalid
 from server.logprobs import joined, legacy_logprobs, prompt_logprobs
 from server.openapi import described
 from server.prompt_reader import split_prompts
+from server.routes.bodies import read_body
 from server.routes.generation import answer, name_ignored, stream
 from server.service import Job, Service, new_id
 from server.streams import Delta, Generation, Piece
-from server.wire.body import read_body
+from server.wire.body import parse_body
 from server.wire.requests import CompletionRequest
 from server.wire.responses import Completion, CompletionChoice, LegacyLogprobs
 
@@ -33,14 +34,17 @@ DEFAULT_MAX_TOKENS = 16
 
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
+    limits = service.config.server
+
+    def parse(raw: bytes) -> tuple[CompletionRequest, list[RawPrompt]]:
+        body = parse_body(raw, CompletionRequest, limits.max_json_depth)
+        service.check(body)
+        _check(body, limits.max_logprobs, limits.max_choices)
+        return body, split_prompts(body.prompt, limits.max_prompts)
 
     @router.post("/v1/completions", **described(CompletionRequest, Completion))
     async def create_completion(request: Request) -> Response:
-        body = await read_body(request, CompletionRequest)
-        service.check(body)
-        limits = service.config.server
-        _check(body, limits.max_logprobs, limits.max_choices)
-        raw = split_prompts(body.prompt, limits.max_prompts)
+        body, raw = await read_body(request, service, parse)
         headers = name_ignored(request, body)
         prompts: list[Prompt] = []
         generation = await service.generate(_job(body, raw, prompts))

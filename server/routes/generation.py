@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from server.wire.fields import GenerationFields
 
 MAX_IGNORED_CHARS = 400
+MAX_LOOP_ANSWER_TOKENS = 256  # with 20 alternatives each, a few milliseconds
 CLIENT_LEFT = Response(status_code=499)  # nobody reads it
 
 
@@ -45,10 +46,13 @@ async def answer(
     whole: Callable[[list[Delta]], object],
     headers: dict[str, str],
 ) -> Response:
-    """Wait for the end, or for the client to leave."""
+    """Wait for the end, or for the client to leave. A large answer is put together in a worker thread."""
     try:
         folded = await unless_client_leaves(request.receive, collect(generation))
-        return json_response(whole(folded), headers)
+        num_tokens = generation.num_output_tokens + sum(map(len, generation.prompt_logprobs))
+        if num_tokens <= MAX_LOOP_ANSWER_TOKENS:
+            return json_response(whole(folded), headers)
+        return await service.threads.run(lambda: json_response(whole(folded), headers))
     except ClientLeft:
         return CLIENT_LEFT
     finally:

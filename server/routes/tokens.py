@@ -1,7 +1,8 @@
-"""POST /tokenize and /detokenize: text to ids and back, without the engine."""
+"""POST /tokenize and /detokenize: text to ids and back, without the engine, all in worker threads."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -13,7 +14,7 @@ from server.errors import invalid
 from server.logprobs import token_text
 from server.openapi import described
 from server.prompt_reader import check_token_ids
-from server.wire.body import read_body
+from server.wire.body import check_content_type, parse_body
 from server.wire.requests import DetokenizeRequest, TokenizeRequest
 from server.wire.responses import Text, Tokens
 
@@ -26,26 +27,36 @@ def tokens_router(service: Service) -> APIRouter:
 
     @router.post("/tokenize", **described(TokenizeRequest, Tokens))
     async def tokenize(request: Request) -> Response:
-        body = await read_body(request, TokenizeRequest)
-        service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise invalid("Give either prompt or messages.", "prompt")
-        ids = await service.in_thread(lambda: service.prompt_reader().read_tokenize(body))
-        answer = Tokens(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
-        if body.return_token_strs:
-            answer.token_strs = [token_text(service.tokenizer, token) for token in ids]
-        return json_response(answer)
+        check_content_type(request)
+        raw = await request.body()
+        return await service.threads.run_bounded(partial(_tokenize, service, raw))
 
     @router.post("/detokenize", **described(DetokenizeRequest, Text))
     async def detokenize(request: Request) -> Response:
-        body = await read_body(request, DetokenizeRequest)
-        service.check_model(body.model)
-        if len(body.tokens) > service.config.server.max_tokenize_chars:
-            raise invalid("tokens: too many ids.", "tokens")
-        check_token_ids(body.tokens, service.tokenizer.vocab_size, "tokens")
-        decode = service.tokenizer.decode
-        return json_response(
-            Text(prompt=await service.in_thread(lambda: decode(body.tokens, skip_special=False)))
-        )
+        check_content_type(request)
+        raw = await request.body()
+        return await service.threads.run_bounded(partial(_detokenize, service, raw))
 
     return router
+
+
+def _tokenize(service: Service, raw: bytes) -> Response:
+    body = parse_body(raw, TokenizeRequest, service.config.server.max_json_depth)
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("Give either prompt or messages.", "prompt")
+    ids = service.prompt_reader().read_tokenize(body)
+    answer = Tokens(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
+    if body.return_token_strs:
+        answer.token_strs = [token_text(service.tokenizer, token) for token in ids]
+    return json_response(answer)
+
+
+def _detokenize(service: Service, raw: bytes) -> Response:
+    limits = service.config.server
+    body = parse_body(raw, DetokenizeRequest, limits.max_json_depth)
+    service.check_model(body.model)
+    if len(body.tokens) > limits.max_tokenize_chars:
+        raise invalid("tokens: too many ids.", "tokens")
+    check_token_ids(body.tokens, service.tokenizer.vocab_size, "tokens")
+    return json_response(Text(prompt=service.tokenizer.decode(body.tokens, skip_special=False)))

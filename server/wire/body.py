@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,18 +20,28 @@ class WireModel(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ()  # known fields that are accepted, and do nothing
+
 
 ModelT = TypeVar("ModelT", bound=WireModel)
 
 
-async def read_body(request: Request, model: type[ModelT]) -> ModelT:
-    """The body as `model`. Raises ApiError: 415 for another content type, 400 for whatever is wrong."""
+def check_content_type(request: Request) -> None:
+    """Raises the 415."""
     content_type = request.headers.get("content-type", "application/json")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "The content type must be application/json.", code="wrong_content_type")
-    value = parse_json(await request.body())
+
+
+def parse_body(raw: bytes, model: type[ModelT], max_depth: int) -> ModelT:
+    """The body as `model`; its values are nested at most `max_depth` deep. Raises ApiError (400)."""
+    value = parse_json(raw)
     if not isinstance(value, dict):
         raise invalid("The body must be a JSON object.", code="invalid_json")
+    for name, item in value.items():
+        if not _is_within(max_depth - 1, item):
+            shown = name[:MAX_PARAM_CHARS]
+            raise invalid(f"{shown}: the JSON is nested deeper than {max_depth} levels.", shown, "too_deep")
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -55,8 +65,23 @@ def parse_json(raw: bytes) -> Any:
 
 
 def ignored_fields(body: WireModel) -> list[str]:
-    """Names of the fields that mean nothing to this server."""
-    return sorted(body.model_extra or {})
+    """Names of the fields that the client sent and that mean nothing to this server."""
+    idle = (name for name in body.WITHOUT_EFFECT if getattr(body, name) is not None)
+    return sorted([*(body.model_extra or {}), *idle])
+
+
+def _is_within(max_depth: int, value: Any) -> bool:
+    """Whether arrays and objects lie in each other at most `max_depth` deep; level by level, for a
+    recursion over what clients send is what this is there to prevent."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(max_depth):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+    return not level
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

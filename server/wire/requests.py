@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -59,6 +59,8 @@ class ResponseFormat(WireModel):
 
 
 class ChatRequest(GenerationFields):
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("priority", "add_special_tokens")
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from engine.messages import Phase, Ready, SequenceOutput, StepOutput, TokenLogprobs
 from scheduler.plan import SchedulerStats
 from scheduler.types import FinishReason
@@ -47,6 +49,7 @@ class FakeEngine:
     max_model_len: int = 256
     tokens_per_step: int = 1
     stuck: bool = False  # accepts work and never answers
+    refusal: str | None = None  # ends every sequence at once: the request is at fault
     ready: Ready | None = None
     on_step: Callable[[StepOutput], None] | None = None
     requests: list[Request] = field(default_factory=list)
@@ -110,6 +113,8 @@ class FakeEngine:
                 self._step()
 
     def _step(self) -> None:
+        begun = (live for live in self.live.values() if live.index == 0 and live.sent == 0)
+        num_prompt_tokens = sum(len(live.request.prompt_ids) for live in begun)
         outputs = tuple(self._advance(live) for live in list(self.live.values()))
         stats = SchedulerStats(
             num_running=len(self.live),
@@ -119,7 +124,7 @@ class FakeEngine:
             waiting_by_level=(0, 0),
         )
         if self.on_step is not None:
-            self.on_step(StepOutput(outputs, stats))
+            self.on_step(StepOutput(outputs, stats, num_prompt_tokens))
         for output in outputs:
             sink = self.sinks.get(output.request_id)
             if sink is not None:
@@ -127,6 +132,9 @@ class FakeEngine:
 
     def _advance(self, live: Live) -> SequenceOutput:
         request, sampling = live.request, live.request.sampling
+        if self.refusal is not None:
+            ended = self._end(live, FinishReason.ERROR)
+            return msgspec.structs.replace(ended, error=self.refusal, refused=True)
         if live.stop:
             return self._end(live, FinishReason.ABORT)
         if request.deadline_s is not None and time.monotonic() > request.deadline_s:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import uvicorn
 
-from server.app import create_app
 from server.config import Config, ServerConfig
-from server.serve import HttpServer, bind, url_of
+from server.listener import bind, url_of
+from server.serve import http_server
 from server.service import Service
 from tests.server.byte_tokenizer import EOS, ByteTokenizer
 from tests.server.fake_engine import FakeEngine
@@ -42,6 +41,8 @@ class PlainTemplate:
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         text = "".join(lines) + ("assistant: " if add_generation_prompt else "")
         return text, tokenizer.encode(text, special=True)
+
+    def check(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -117,9 +118,8 @@ def running(
         if capacity is not None:
             service.admission.capacity = capacity
         listener = bind("127.0.0.1", 0)
-        server = HttpServer(
-            uvicorn.Config(create_app(service), log_config=None, timeout_graceful_shutdown=1, ws="none")
-        )
+        server = http_server(service)
+        server.config.timeout_graceful_shutdown = 1
         if start_engine:
             await fake.start()
         box.append(Running(url_of(listener), service, fake, asyncio.get_running_loop()))

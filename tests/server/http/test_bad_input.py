@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
+from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
+
+
+def nested(depth: int, kind: str = "[") -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value] if kind == "[" else {"a": value}
+    return value
+
 
 COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": None}, "prompt"),
@@ -74,6 +83,14 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"bad_words": ["a"] * 65}, "bad_words"),
     ({"allowed_token_ids": []}, "allowed_token_ids"),
     ({"allowed_token_ids": [1000]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [97], "bad_words": ["a"]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [257], "min_tokens": 1}, "allowed_token_ids"),
+    (
+        {"allowed_token_ids": [5, 97], "bad_words": ["a"], "stop_token_ids": [5], "min_tokens": 1},
+        "allowed_token_ids",
+    ),
+    ({"x": nested(64)}, "x"),
+    ({"x": nested(2_00, "{")}, "x"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ({"logit_bias": {"999": 1}}, "logit_bias"),
@@ -105,6 +122,11 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 1000}, "max_completion_tokens"),
     ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens"),
+    ({"documents": [{"text": "a" * 33_000}]}, "documents"),
+    ({"chat_template_kwargs": {"x": ["a" * 33_000]}}, "chat_template_kwargs"),
+    ({"messages": [{**USER, "name": "a" * 33_000}]}, "messages"),
+    ({"chat_template_kwargs": nested(64, "{")}, "chat_template_kwargs"),
+    ({"messages": [{**USER, "x": nested(62)}]}, "messages"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
@@ -144,6 +166,36 @@ def test_chat_names_the_field(server: Running, body: dict[str, Any], param: str)
     response = server.post("/v1/chat/completions", {"messages": [USER], **body})
     assert response.status_code == 400
     assert check_envelope(response.json())["param"] == param
+
+
+def test_what_is_nested_within_the_bound_is_taken(server: Running) -> None:
+    assert server.post("/v1/completions", {"prompt": "hi", "x": nested(63)}).status_code == 200
+
+
+def test_what_the_tokens_leave_over_is_taken(server: Running) -> None:
+    server.complete(allowed_token_ids=[97, 257], bad_words=["b"], min_tokens=1)
+    server.complete(allowed_token_ids=[257])
+
+
+def test_what_only_the_run_reveals_is_the_requests_fault_too() -> None:
+    with running(FakeEngine(refusal="the parameters allow no token here")) as server:
+        answer = server.post("/v1/completions", {"prompt": "hi"})
+        assert answer.status_code == 400
+        error = check_envelope(answer.json())
+        assert error["type"] == "invalid_request_error"
+        assert "allow no token" in error["message"]
+        ended = server.metrics()['vllm:request_success_total{finished_reason="error",model_name="org/fake"}']
+        assert ended == 1
+
+
+def test_an_encoded_prompt_has_ids_of_the_model_only() -> None:
+    with running(FakeEngine(vocab_size=100)) as server:
+        for path, body, param in (
+            ("/v1/completions", {"prompt": "az"}, "prompt"),
+            ("/v1/chat/completions", {"messages": [USER]}, "messages"),
+        ):
+            error = check_envelope(server.post(path, body).json())
+            assert (error["code"], error["param"]) == ("token_id_out_of_range", param)
 
 
 def test_over_long_prompt_says_both_numbers(server: Running) -> None:

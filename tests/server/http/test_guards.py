@@ -6,8 +6,10 @@ import socket
 import threading
 import time
 
+import httpx
 import pytest
 
+from tests.server.byte_tokenizer import ByteTokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
 from tests.server.http.test_bad_input import check_envelope
@@ -38,6 +40,16 @@ def test_keys_guard_everything_but_probes() -> None:
             b"Bearer \xff",
         ):
             assert server.get("/v1/models", headers={"authorization": wrong}).status_code == 401
+
+
+@pytest.mark.parametrize("keys", [("",), ("", "k")])
+def test_an_empty_key_opens_nothing(keys: tuple[str, ...]) -> None:
+    with running(api_keys=keys) as server:
+        for offered in ("Bearer", "bearer", ""):
+            assert server.get("/v1/models", headers={"authorization": offered}).status_code == 401
+        assert server.get("/v1/models").status_code == 401
+        allowed = server.get("/v1/models", headers={"authorization": "Bearer k"}).status_code
+        assert allowed == (200 if "k" in keys else 401)
 
 
 def test_metrics_may_be_guarded() -> None:
@@ -113,6 +125,31 @@ def test_full_queue_is_429_with_retry_after() -> None:
         assert server.post("/v1/completions", {**body, "n": 1, "max_tokens": 1}).status_code == 200
         first.join()
         assert server.post("/v1/completions", body).status_code == 200
+
+
+class SlowTokenizer(ByteTokenizer):
+    def encode_prompt(self, text: str) -> list[int]:
+        time.sleep(0.5)
+        return super().encode_prompt(text)
+
+
+def test_text_jobs_wait_in_a_bounded_queue() -> None:
+    settings = {"num_text_threads": 1, "max_waiting_text_jobs": 1}
+    with running(tokenizer=SlowTokenizer(), **settings) as server:
+        answers: list[httpx.Response] = []
+        clients = [
+            threading.Thread(target=lambda: answers.append(server.post("/tokenize", {"prompt": "x"})))
+            for _ in range(4)
+        ]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert check_envelope(refused.json())["code"] == "text_queue_full"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.post("/tokenize", {"prompt": "x"}).status_code == 200
 
 
 def test_not_ready_until_the_engine_is() -> None:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from engine.messages import StepOutput
+from engine.messages import SequenceOutput, StepOutput
 from scheduler.plan import SchedulerStats
 from server.metrics import Metrics
 from tests.server.fake_engine import FakeEngine
@@ -64,6 +65,45 @@ def test_a_stop_string_counts_as_stop(server: Running) -> None:
     before = server.metrics().get(name, 0)
     server.complete(stop="c", n=2)
     assert server.metrics()[name] == before + 2
+
+
+def test_a_stop_string_in_the_last_words_counts_as_stop() -> None:
+    with running(FakeEngine(tokens_per_step=100)) as server:
+        assert server.complete(stop="c", max_tokens=5)["choices"][0]["finish_reason"] == "stop"
+        assert (
+            server.metrics()['vllm:request_success_total{finished_reason="stop",model_name="org/fake"}'] == 1
+        )
+
+
+def test_every_step_that_computed_counts() -> None:
+    metrics = Metrics("m")
+    for num_prompt_tokens, tokens in ((512, ()), (100, (5,)), (0, (6, 7)), (0, ())):
+        output = SequenceOutput("unknown", 0, tokens)
+        metrics.on_step(StepOutput((output,), SchedulerStats(), num_prompt_tokens))
+    value = partial(metrics.registry.get_sample_value, labels={"model_name": "m"})
+    assert value("vllm:iteration_tokens_total_count") == 3
+    assert value("vllm:iteration_tokens_total_sum") == 512 + 101 + 2
+
+
+def test_a_lost_engine_holds_nothing() -> None:
+    with running() as server:
+        busy = SchedulerStats(
+            num_running=3,
+            num_waiting=2,
+            num_pages=100,
+            num_pages_held=9,
+            running_by_level=(1, 2),
+            waiting_by_level=(0, 2),
+        )
+        server.call(lambda: server.service._on_step(StepOutput((), busy)))
+        levels = 'octavo:queue_sequences{level="1",model_name="org/fake",state="waiting"}'
+        assert server.metrics()[levels] == 2
+        server.engine.ready = None
+        gauges = server.metrics()
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+            assert gauges[f"vllm:{name}{LABEL}"] == 0
+        assert gauges[levels] == 0
+        assert gauges['octavo:kv_pages{model_name="org/fake",state="held"}'] == 0
 
 
 def test_counters_survive_an_engine_that_begins_again_at_zero() -> None:

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 
 import pytest
 
 from server.logs import JsonFormatter, PlainFormatter, sanitise
-from tests.server.http.conftest import MODEL, Running, running
+from server.prompt import ChatTemplate
+from server.routes import completions, generation
+from tests.server.fake_engine import FakeEngine
+from tests.server.http.conftest import MODEL, Running, make_service, running
 from tests.server.http.test_bad_input import check_envelope
 
 
@@ -101,6 +107,70 @@ def test_prompts_and_outputs_are_logged_on_request(caplog: pytest.LogCaptureFixt
     lines = [PlainFormatter().format(record) for record in caplog.records]
     assert any(line.endswith('text="the words"') for line in lines)
     assert any(line.endswith("text=abc") for line in lines)
+
+
+def test_fields_without_effect_are_named(server: Running) -> None:
+    def ignored(path: str, body: dict[str, object]) -> str | None:
+        answer = server.post(path, {**body, "max_tokens": 1})
+        assert answer.status_code == 200
+        return answer.headers.get("x-octavo-ignored-fields")
+
+    messages = {"messages": [{"role": "user", "content": "hi"}]}
+    assert ignored("/v1/completions", {"prompt": "hi", "priority": 3, "zz": 1}) == "priority,zz"
+    assert server.engine.requests[-1].priority == 3
+    assert ignored("/v1/completions", {"prompt": "hi", "add_special_tokens": True, "priority": None}) is None
+    assert ignored("/v1/chat/completions", {**messages, "add_special_tokens": False}) == "add_special_tokens"
+    assert ignored("/v1/chat/completions", messages) is None
+
+
+def test_large_bodies_and_answers_do_not_run_on_the_loop(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, bool] = {}
+
+    def note(name: str, work: Callable[..., object]) -> Callable[..., object]:
+        def noted(*args: object, **kwargs: object) -> object:
+            threads[name] = threading.current_thread().name.startswith("AnyIO")
+            return work(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(completions, "parse_body", note("body", completions.parse_body))
+    monkeypatch.setattr(generation, "json_response", note("answer", generation.json_response))
+    server.complete(max_tokens=2)
+    assert threads == {"body": False, "answer": False}
+    server.complete(max_tokens=200, n=2, x="a" * 2**16)
+    assert threads == {"body": True, "answer": True}
+
+
+def test_a_template_that_does_not_compile_is_in_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("octavo").propagate = True
+    service = make_service(FakeEngine())
+    service.template = ChatTemplate("a\n{% if %}")
+    with caplog.at_level(logging.ERROR, "octavo"):
+        asyncio.run(service.check_template())
+    (record,) = caplog.records
+    assert PlainFormatter().format(record).count("line 2") == 1
+    service.template.close()
+
+
+@pytest.mark.parametrize("formatter", [PlainFormatter(), JsonFormatter()])
+def test_no_value_forges_a_line(formatter: logging.Formatter) -> None:
+    evil = "a\n2026-01-01 00:00:00 ERROR \x1b[31m\x7f\x85\u2028\ud800\U000e0001"
+    try:
+        raise ValueError(evil)
+    except ValueError:
+        trace = sys.exc_info()
+    record = logging.LogRecord("octavo", logging.INFO, "", 0, f"event {evil}", (), trace)
+    record.fields = {"text": evil, "bare": "x\ny"}
+    first, *more = formatter.format(record).split("\n")
+    assert all(line.isprintable() for line in (first, *more))
+    assert all(line.startswith("    ") for line in more)
+    shown = formatter.format(record)
+    assert "\\u001b[31m" in shown
+    assert r"x\ny" in shown
+    if isinstance(formatter, JsonFormatter):
+        assert json.loads(first)["text"] == evil
 
 
 def test_sanitised_text_is_one_short_line() -> None:

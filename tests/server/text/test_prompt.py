@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import locate
-from server.prompt import ChatTemplate, TemplateError, TemplateLimits
+from server import template_process
+from server.prompt import ChatTemplate, TemplateError, TemplateLimits, TemplateUnavailable
+from server.special_text import FreeCharacters, NoFreeCharacter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,6 +178,34 @@ def test_it_goes_on_after_a_rendering_that_was_stopped() -> None:
     template.close()
 
 
+def test_a_worker_that_somebody_kills_is_not_the_templates_fault() -> None:
+    slow = "{% for a in range(99999) %}{{ range(99999)|sum }}{% endfor %}"
+    template = ChatTemplate(slow, limits=TemplateLimits(timeout_s=20))
+    template.check()
+    process = template._process._process
+    assert process is not None
+    threading.Timer(0.2, process.kill).start()
+    with pytest.raises(TemplateUnavailable):
+        template.render(USER)
+    template.close()
+
+
+def test_too_many_renderings_are_not_the_templates_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_process, "_MAX_WAIT_S", 0.01)
+    template = ChatTemplate("x")
+    with template._process._lock, pytest.raises(TemplateUnavailable):
+        template.render(USER)
+    assert template.render(USER) == "x"
+    template.close()
+
+
+def test_check_tells_of_a_template_that_does_not_compile() -> None:
+    template = ChatTemplate("x\n{% if %}")
+    with pytest.raises(TemplateError, match="line 2"):
+        template.check()
+    template.close()
+
+
 def test_threads_may_share_it(default: ChatTemplate) -> None:
     results: dict[int, str] = {}
 
@@ -290,3 +320,11 @@ def test_tools_documents_and_variables_are_masked_too(smollm2: Tokenizer) -> Non
     assert text.count(evil) == 5
     assert inner_ids(ids, smollm2) == [2]
     template.close()
+
+
+def test_stand_ins_are_found_in_linear_time_and_run_out() -> None:
+    used = [chr(0xF0000 + number) for number in range(0xFFFE)]
+    free = FreeCharacters(["".join(used[1:])] * 20)
+    assert free.take() == used[0]
+    with pytest.raises(NoFreeCharacter):
+        free.take()
