@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
-import socket
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,16 +18,19 @@ import uvicorn
 from engine.client import EngineDead
 from server import logs
 from server.app import create_app
+from server.connections import bounded_http
+from server.listener import is_loopback, url_of
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
-    from server.config import Config
+    from server.config import Config, ServerConfig
     from server.service import Service
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-BACKLOG = 2048
 HTTP_SHUTDOWN_S = 3  # what open connections get to flush after the drain
+OTHER_FILES = 256  # open files beside the connections
 EXIT_OK, EXIT_FAILED = 0, 1
 
 
@@ -39,19 +42,18 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def serve(service: Service, config: Config) -> int:
-    """Run until a signal or the engine's death; the exit status, 0 only after an asked-for stop."""
+async def serve(service: Service, config: Config, listener: socket.socket) -> int:
+    """Run until a signal or the engine's death; the exit status, 0 only after an asked-for stop.
+
+    The service and the listener are closed at the end.
+    """
     logs.configure_logging(config.server.log_format, config.server.log_level)
-    try:
-        listener = bind(config.server.host, config.server.port)
-    except OSError as error:
-        where = f"{config.server.host}:{config.server.port}"
-        logs.log(logging.ERROR, "cannot listen", address=where, cause=error.strerror or str(error))
-        return EXIT_FAILED
+    _allow_open_files(config.server.max_connections + OTHER_FILES)
     stop, at_once = asyncio.Event(), asyncio.Event()
-    http = _http_server(service)
+    http = http_server(service)
     with _signals(stop, at_once):
         logs.info("listening", url=url_of(listener), model=service.model_name)
+        _warn_if_open(listener, config.server)
         http_task = asyncio.create_task(http.serve(sockets=[listener]))
         engine_task = asyncio.create_task(_run_engine(service))
         try:
@@ -76,26 +78,25 @@ async def _until_end(
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({http, engine, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if stop.is_set():
-        return await _drain(service, at_once)
+    if stop.is_set() and not engine.done():
+        await _drain(service, engine, at_once)
+        if not engine.done() and not at_once.is_set():
+            return EXIT_OK
     service.stop_now()
     if engine.done():
         logs.log(logging.ERROR, "engine dead", cause=str(engine.exception() or engine.result()))
-    else:
+    elif http.done():
         logs.log(logging.ERROR, "http server ended", cause=str(http.exception()))
     return EXIT_FAILED
 
 
-async def _drain(service: Service, at_once: asyncio.Event) -> int:
+async def _drain(service: Service, engine: asyncio.Task[str], at_once: asyncio.Event) -> None:
+    """Until what runs has ended, or may not go on: a second signal, or the engine's death."""
     draining = asyncio.create_task(service.drain())
     interrupted = asyncio.create_task(at_once.wait())
-    await asyncio.wait({draining, interrupted}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({draining, interrupted, engine}, return_when=asyncio.FIRST_COMPLETED)
     draining.cancel()
     interrupted.cancel()
-    if at_once.is_set():
-        service.stop_now()
-        return EXIT_FAILED
-    return EXIT_OK
 
 
 async def _run_engine(service: Service) -> str:
@@ -118,31 +119,13 @@ async def _run_engine(service: Service) -> str:
     return await service.client.died()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _http_server(service: Service) -> HttpServer:
+def http_server(service: Service) -> HttpServer:
+    limits = service.config.server
     return HttpServer(
         uvicorn.Config(
             create_app(service),
+            http=bounded_http(limits.max_header_bytes, limits.max_connections),  # type: ignore[arg-type]
+            loop="asyncio",
             log_config=None,
             access_log=False,
             server_header=False,
@@ -151,6 +134,19 @@ def _http_server(service: Service) -> HttpServer:
             timeout_graceful_shutdown=HTTP_SHUTDOWN_S,
         )
     )
+
+
+def _warn_if_open(listener: socket.socket, config: ServerConfig) -> None:
+    if not config.api_keys and not is_loopback(listener):
+        logs.log(logging.WARNING, "no api_keys: whoever reaches this address may use it", host=config.host)
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit, often 1024, as far as the hard one lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextmanager

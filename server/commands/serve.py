@@ -18,9 +18,10 @@ from server.commands import CommandError
 from server.settings import SECTIONS, SETTINGS, Resolved, Setting, SettingsError, render, resolve
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Mapping
 
-    from server.config import Config
+    from server.config import Config, ServerConfig
 
 TITLES = {"server": "HTTP server", "engine": "model and engine", "scheduler": "scheduler and memory"}
 METAVARS = {int: "N", float: "SECONDS", str: "TEXT", tuple: "A,B"}
@@ -96,19 +97,39 @@ def serve(config: Config) -> int:
 
     try:
         checkpoint = locate(config.engine.model, config.engine.revision)  # the one that may download
-        engine = EngineProcess(
-            replace(config.engine, model=checkpoint.source, revision=""),
-            start_timeout_s=config.server.engine_start_timeout_s,
-            max_restarts=config.server.max_engine_restarts,
-        )
+    except CheckpointError as error:
+        raise CommandError(str(error)) from None
+    listener = _listen(config.server)  # before the engine costs anything
+    engine = EngineProcess(
+        replace(config.engine, model=checkpoint.source, revision=""),
+        start_timeout_s=config.server.engine_start_timeout_s,
+        stall_timeout_s=config.server.engine_stall_timeout_s,
+        max_restarts=config.server.max_engine_restarts,
+        log_level=config.server.log_level,
+    )
+    try:
         engine.spawn()
 
         import asyncio
 
-        from server.serve import serve as listen
+        from server.serve import serve as serve_http
         from server.service import build_service
 
         service = build_service(config, checkpoint, engine)
-    except CheckpointError as error:
-        raise CommandError(str(error)) from None
-    return asyncio.run(listen(service, config))
+    except BaseException as error:
+        engine.kill()
+        listener.close()
+        if isinstance(error, CheckpointError):
+            raise CommandError(str(error)) from None
+        raise
+    return asyncio.run(serve_http(service, config, listener))
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    from server.listener import bind
+
+    try:
+        return bind(config.host, config.port)
+    except OSError as error:
+        cause = error.strerror or str(error)
+        raise CommandError(f"cannot listen on {config.host}:{config.port}: {cause}") from None
