@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass
@@ -86,10 +87,19 @@ def as_json(results: Sequence[Measured], **about: Any) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "command": shlex.join(["octavo", *sys.argv[1:]]),
+        "command": shlex.join(_without_key(["octavo", *sys.argv[1:]])),
         **about,
         "workloads": [_result(result) for result in results],
     }
+
+
+def _without_key(command: Sequence[str]) -> list[str]:
+    """The command line as it may be shown to others."""
+    shown = [re.sub("^--api-key=.*", "--api-key=<hidden>", word) for word in command]
+    return [
+        "<hidden>" if before == "--api-key" else word
+        for before, word in zip(["", *shown], shown, strict=False)
+    ]
 
 
 def _result(result: Measured) -> dict[str, Any]:

@@ -58,9 +58,16 @@ def run_bench(workloads: Sequence[Workload], options: BenchOptions) -> int:
     say(console, f"{about['server']['model']} at {about['url']}, version {about['server']['version']}")
     print_table(console, results)
     if options.json_path:
-        options.json_path.parent.mkdir(parents=True, exist_ok=True)
-        options.json_path.write_text(json.dumps(as_json(results, **about), indent=1) + "\n", encoding="utf-8")
+        _write(options.json_path, as_json(results, **about))
     return 1 if any(result.summary.num_errors for result in results) else 0
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"cannot write {path}: {error.strerror}") from None
 
 
 async def _measure_all(

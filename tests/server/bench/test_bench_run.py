@@ -204,3 +204,20 @@ def test_a_server_that_refuses_ends_the_run_with_its_words(fake: FakeServer) -> 
 def test_no_server_is_one_line() -> None:
     with pytest.raises(BenchError, match="cannot measure http://127"):
         run_bench([named("A", 1)], BenchOptions(url="http://127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("key", [["--api-key", "hunter2"], ["--api-key=hunter2"]])
+def test_the_report_does_not_repeat_the_key(
+    key: list[str], fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["octavo", "bench", *key])
+    path = tmp_path / "bench.json"
+    run_bench([named("A", 1)], BenchOptions(url=fake.url, json_path=path))
+    assert "hunter2" not in path.read_text()
+    assert "<hidden>" in json.loads(path.read_text())["command"]
+
+
+def test_a_report_that_cannot_be_written_is_one_line(fake: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BenchError, match="cannot write"):
+        run_bench([named("A", 1)], BenchOptions(url=fake.url, json_path=tmp_path / "file" / "bench.json"))
