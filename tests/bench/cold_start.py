@@ -29,9 +29,8 @@ def main() -> None:
         finally:
             daemon.kill()
     for name, values in (("ready", ready_s), ("first token", token_s)):
-        print(
-            f"{name:<12} median {statistics.median(values):.2f} s  min {min(values):.2f}  max {max(values):.2f}"
-        )
+        middle = statistics.median(values)
+        print(f"{name:<12} median {middle:.2f} s  min {min(values):.2f}  max {max(values):.2f}")
 
 
 if __name__ == "__main__":

@@ -127,15 +127,22 @@ def test_full_queue_is_429_with_retry_after() -> None:
         assert server.post("/v1/completions", body).status_code == 200
 
 
-class SlowTokenizer(ByteTokenizer):
+class HeldTokenizer(ByteTokenizer):
+    """Encodes once it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
     def encode_prompt(self, text: str) -> list[int]:
-        time.sleep(0.5)
+        assert self.go.wait(20)
         return super().encode_prompt(text)
 
 
 def test_text_jobs_wait_in_a_bounded_queue() -> None:
     settings = {"num_text_threads": 1, "max_waiting_text_jobs": 1}
-    with running(tokenizer=SlowTokenizer(), **settings) as server:
+    tokenizer = HeldTokenizer()
+    with running(tokenizer=tokenizer, **settings) as server:
         answers: list[httpx.Response] = []
         clients = [
             threading.Thread(target=lambda: answers.append(server.post("/tokenize", {"prompt": "x"})))
@@ -143,6 +150,8 @@ def test_text_jobs_wait_in_a_bounded_queue() -> None:
         ]
         for client in clients:
             client.start()
+        within(10, lambda: len(answers) == 2)  # one is held, one waits, two are refused
+        tokenizer.go.set()
         for client in clients:
             client.join()
         assert sorted(answer.status_code for answer in answers) == [200, 200, 429, 429]
