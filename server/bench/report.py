@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from server.bench.workloads import Workload
 
 MAX_SHOWN_ERRORS = 5
+MIN_TABLE_WIDTH = 100  # columns; a narrower terminal wraps the rows, which reads better than cut figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +52,12 @@ def print_table(console: Console, results: Sequence[Measured]) -> None:
             result.workload.name,
             f"{summary.requests_per_s:.3f}",
             f"{summary.output_tokens_per_s:.1f}",
-            _pair(summary.ttft_s, 1000, 1),
-            _pair(summary.itl_s, 1000, 2),
-            _pair(summary.completion_s, 1, 3),
+            _pair(summary.ttft_s, 1000, 0),
+            _pair(summary.itl_s, 1000, 1),
+            _pair(summary.completion_s, 1, 2),
             f"{summary.num_errors} of {summary.num_requests}" if summary.num_errors else "0",
         )
+    console.width = max(console.width, MIN_TABLE_WIDTH)
     console.print(table)
     for result in results:
         _print_details(console, result.workload, result.summary)
