@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,20 +27,33 @@ class KVStorage:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
+        layers = config.num_layers
         self.tainted = False
-        self.keys = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(config.num_layers)]
+        # One tensor, so that a page can be taken from all layers at once; a layer's part is contiguous.
+        cells = zeros((layers, 2, num_pages, config.num_kv_heads, page_size, config.head_dim), dtype, device)
+        self.keys = [cells[layer, 0] for layer in range(layers)]
+        self.values = [cells[layer, 1] for layer in range(layers)]
+        self.pages = cells.movedim(2, 0)  # a view: [num_pages, layers, 2, Hkv, page_size, D]
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        """What one page holds: [layers, 2 (keys, values), Hkv, page_size, D]."""
+        return tuple(self.pages.shape[1:])
+
+    @property
+    def page_bytes(self) -> int:
+        return math.prod(self.page_shape) * self.pages.dtype.itemsize
 
     def clear(self, pages: list[int]) -> None:
-        index = torch.tensor(pages, dtype=torch.int64, device=self.keys[0].device)
+        index = torch.tensor(pages, dtype=torch.int64, device=self.pages.device)
         for layer in (*self.keys, *self.values):
             layer.index_fill_(0, index, 0)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous tensor of zeros that, on the CPU, takes memory only as it is first touched."""
+    if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     # torch writes the zeros; the system hands out zeroed memory, page by page as it is first touched.
-    cells = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)
-    return torch.from_numpy(cells).view(dtype)
+    cells = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(cells).view(dtype).view(shape)

@@ -1,0 +1,25 @@
+"""What the bytes of a stored KV page depend on, beside its key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.checkpoint import CheckpointKind
+
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
+
+
+def kv_identity(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, page_size: int) -> bytes:
+    """Bytes that differ when the model's files, its shape, the page or the arithmetic differ.
+
+    Files are told apart by name, size and time of change: reading the weights again would delay every
+    start. So a file that was only touched costs the cache, and never the right text.
+    """
+    folder = checkpoint.kind == CheckpointKind.FOLDER
+    files = sorted(checkpoint.path.glob("*.safetensors")) if folder else [checkpoint.path]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    arithmetic = (str(dtype), device.type, torch.__version__)
+    return repr((weights, checkpoint.transformer, page_size, arithmetic)).encode()
