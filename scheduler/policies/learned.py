@@ -18,16 +18,18 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from scheduler.length_histogram import MAX_LENGTH
+from scheduler.lengths import Lengths
 from scheduler.policies.tail import TailRate
 
 if TYPE_CHECKING:
     from scheduler.clock import Clock
     from scheduler.costs import CostModel
-    from scheduler.lengths import Lengths
     from scheduler.policies.base import Work
 
 NUM_LEVELS = 40  # the lowest begins at about 700,000 output tokens
 LEVELS_PER_DOUBLING = 2
+SHORTEST_S = 1e-9  # whatever the cost model says, a token takes some time
 TYPICAL_PROMPT = 1024  # tokens; sets gamma before anything was seen
 TYPICAL_QUEUEING = 2.0  # time in the system per time with a place, near capacity
 
@@ -49,8 +51,13 @@ class LearnedFeedbackQueue:
         self.max_head_start_s = max_head_start_s
         self._costs, self._chunk, self._places = costs, chunk, places
         self._clock, self._lengths = clock, lengths
-        self._lowest_s = costs.decode(0, places)  # where level 1 begins
-        self._tail = None if gamma else TailRate(self._expected_s())
+        self._lowest_s = self._token_s(0)  # of w; level 1 begins above it
+        prefill_s, token_s = costs.prefill(0, TYPICAL_PROMPT, chunk, places), self._token_s(TYPICAL_PROMPT)
+        prior = Lengths().index("", TYPICAL_PROMPT)
+        self._typical_w_s = token_s * prior.w(prefill_s / token_s, 0, MAX_LENGTH)
+        service_s = prefill_s + token_s * prior.mean_left(0, MAX_LENGTH)
+        # by Little's law a place is held for the service of one request of each place
+        self._tail = None if gamma else TailRate(TYPICAL_QUEUEING * places * service_s)
         self._use(self._tail.gamma if self._tail else gamma)
 
     @property
@@ -64,14 +71,7 @@ class LearnedFeedbackQueue:
 
     def w(self, work: Work) -> float:
         """Seconds of service that it is expected to cost per chance of ending."""
-        context = work.prompt_len + work.num_output
-        token_s = self._costs.decode(context, self._places)
-        left = work.num_left
-        prefill_s = (
-            self._costs.prefill(max(0, context - left), left, self._chunk, self._places) if left else 0.0
-        )
-        index = self._lengths.index(work.tenant, work.prompt_len)
-        return token_s * index.w(prefill_s / token_s, work.num_output, work.max_output)
+        return self._w(work, work.num_left, work.num_output)
 
     def level(self, work: Work) -> int:
         doublings = math.log2(max(self.w(work) / self._lowest_s, 1.0))
@@ -85,29 +85,38 @@ class LearnedFeedbackQueue:
         return arrival_s - self._head_starts_s[level]
 
     def learn(self, work: Work, natural: bool) -> None:
+        if self._tail and (natural or work.num_output >= work.max_output):
+            w_on_arrival = self._w(work, num_left=work.prompt_len, num_output=0)
+            if self._tail.add(self._clock() - work.arrival_s, w_on_arrival):
+                self._use(self._tail.gamma)
         self._lengths.observe(work.tenant, work.prompt_len, work.num_output, natural)
-        served_whole = natural or work.num_output >= work.max_output
-        if self._tail and served_whole and self._tail.add(self._clock() - work.arrival_s):
-            self._use(self._tail.gamma)
+
+    def _w(self, work: Work, num_left: int, num_output: int) -> float:
+        context = work.prompt_len + num_output
+        token_s = self._token_s(context)
+        prefill_s = 0.0
+        if num_left:
+            prefill_s = self._costs.prefill(max(0, context - num_left), num_left, self._chunk, self._places)
+        index = self._lengths.index(work.tenant, work.prompt_len)
+        return token_s * index.w(prefill_s / token_s, num_output, work.max_output)
+
+    def _token_s(self, context: int) -> float:
+        return max(self._costs.decode(context, self._places), SHORTEST_S)
 
     def _use(self, gamma: float) -> None:
+        """Only differences of head starts matter. Where the bound is short of them all, it is spent around
+        the typical w, and levels far above and below are not told apart."""
         self._gamma = gamma
+        bound_s = self.max_head_start_s
+        none_s = max(0.0, _boost(gamma, self._typical_w_s) - bound_s / 2)
         self._head_starts_s = [
-            min(_boost(gamma, self._middle_s(level)), self.max_head_start_s) for level in range(NUM_LEVELS)
+            min(max(_boost(gamma, self._middle_s(level)) - none_s, 0.0), bound_s)
+            for level in range(NUM_LEVELS)
         ]
 
     def _middle_s(self, level: int) -> float:
         """The w in the (geometric) middle of a level."""
         return float(self._lowest_s * 2.0 ** ((level + 0.5) / LEVELS_PER_DOUBLING))
-
-    def _expected_s(self) -> float:
-        """The time in the system of a typical request: with a place it spends, by Little's law, the service
-        of one request for each place."""
-        costs, places = self._costs, self._places
-        num_output = self._lengths.index("", TYPICAL_PROMPT).mean_left(0, TYPICAL_PROMPT)
-        prefill_s = costs.prefill(0, TYPICAL_PROMPT, self._chunk, places)
-        service_s = prefill_s + num_output * costs.decode(TYPICAL_PROMPT, places)
-        return TYPICAL_QUEUEING * places * service_s
 
 
 def _boost(gamma: float, w: float) -> float:

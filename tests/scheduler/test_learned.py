@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,7 +14,7 @@ from scheduler.length_histogram import EDGES
 from scheduler.lengths import Lengths
 from scheduler.policies.base import Policy
 from scheduler.policies.learned import NUM_LEVELS, LearnedFeedbackQueue
-from scheduler.policies.tail import MAX_FACTOR, TailRate
+from scheduler.policies.tail import MAX_FACTOR, MIN_SPREAD, SHARE, TailRate
 
 COSTS = CostModel(step_s=0.006, slice_s=3e-5, token_s=2.5e-5, pair_s=0.0)
 MAX_HEAD_START_S = 600.0
@@ -153,6 +154,22 @@ def test_a_small_one_overtakes_only_those_who_came_shortly_before() -> None:
     assert policy.key(small, MAX_HEAD_START_S + 1.0) > policy.key(large, 0.0)
 
 
+def test_a_short_bound_is_spent_around_the_typical_work() -> None:
+    """On a slow machine all of 600 s would go to works so small that there are none."""
+    policy = queue(costs=slower(20.0), gamma=0.1 / 20, lengths=taught({10: 1000, 500: 1000}))
+    short, typical, long = (policy.level(OneWork(prompt_len=n, num_left=n)) for n in (300, 1000, 4000))
+    starts = head_starts(policy)
+    assert MAX_HEAD_START_S > starts[short] > starts[typical] > starts[long] > 0.0
+    assert (starts[0], starts[-1]) == (MAX_HEAD_START_S, 0.0)
+
+
+def test_a_cost_model_of_nothing_breaks_nothing() -> None:
+    policy = queue(costs=CostModel(step_s=0.0, slice_s=0.0, token_s=0.0, pair_s=0.0), gamma=0.0)
+    assert policy.level(OneWork(num_left=1000)) < NUM_LEVELS
+    policy.learn(OneWork(num_output=9), natural=True)
+    assert all(math.isfinite(start) for start in head_starts(policy))
+
+
 def test_no_head_starts_is_first_come_first_served() -> None:
     assert set(head_starts(queue(max_head_start_s=0.0))) == {0.0}
 
@@ -186,8 +203,9 @@ def test_gamma_begins_where_a_busy_machine_of_this_speed_is() -> None:
 def test_gamma_follows_the_observed_times_and_moves_the_head_starts() -> None:
     fast, slow = after(1.0, 3.0), after(1.0, 60.0)
     assert fast.gamma == pytest.approx(20 * slow.gamma, rel=0.25)
-    assert all(a <= b for a, b in zip(head_starts(fast), head_starts(slow), strict=True))
-    assert head_starts(fast)[10] < head_starts(slow)[10] / 5
+    small, large = (fast.level(OneWork(prompt_len=n, num_left=n)) for n in (100, 4000))
+    fast_s, slow_s = (starts[small] - starts[large] for starts in map(head_starts, (fast, slow)))
+    assert slow_s > 10 * fast_s > 0.0
 
 
 def test_a_given_gamma_stays() -> None:
@@ -208,18 +226,34 @@ def test_aborted_ones_do_not_count_as_fast() -> None:
 
 
 def test_one_outlier_moves_gamma_little_and_rarely() -> None:
-    rate = TailRate(10.0)
-    changes = sum(rate.add(10.0) for _ in range(2000))
-    assert changes == 0
+    rate, draw = TailRate(10.0), random.Random(1)
+    for _ in range(5000):
+        rate.add(10.0, draw.lognormvariate(-3.0, 0.5))
     before = rate.gamma
-    rate.add(1e9)
+    rate.add(1e9, 0.05)
     assert rate.gamma > before / 1.2
-    assert sum(rate.add(20.0) for _ in range(5000)) < 15
+    assert sum(rate.add(20.0, draw.lognormvariate(-3.0, 0.5)) for _ in range(5000)) < 15
+    assert rate.gamma < before
+
+
+def test_head_starts_differ_by_a_share_of_the_mean_time() -> None:
+    rate, draw = TailRate(1.0), random.Random(1)
+    for _ in range(10_000):
+        rate.add(10.0, draw.lognormvariate(-3.0, 0.5))
+    assert 0.5 / rate.gamma == pytest.approx(SHARE * 10.0, rel=0.15)
+
+
+def test_equal_sequences_get_no_huge_head_starts() -> None:
+    rate = TailRate(10.0)
+    for _ in range(100_000):
+        rate.add(10.0, 0.05)
+    assert 1.0 / rate.gamma <= 10.0 * SHARE / MIN_SPREAD * 1.2
 
 
 @pytest.mark.parametrize("time_s", [0.0, 1e12])
 def test_gamma_is_bounded(time_s: float) -> None:
     rate = TailRate(10.0)
     for _ in range(50_000):
-        rate.add(time_s)
-    assert 0.099 / MAX_FACTOR < rate.gamma < 0.101 * MAX_FACTOR
+        rate.add(time_s, 0.05)
+    unbounded = SHARE * 10.0 * rate.gamma
+    assert 0.99 * MIN_SPREAD / MAX_FACTOR < unbounded < 1.01 * MAX_FACTOR
