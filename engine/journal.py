@@ -45,7 +45,7 @@ class JournalEntry:
         """Messages that make a new engine go on where the old one was lost."""
         self._num_rescored = 0
         delivered = tuple(tuple(tokens) for tokens in self.delivered)
-        request = replace(self.request, delivered=delivered)
+        request = replace(self.request, delivered=delivered, readmitted=True)
         ended = sorted((set(range(request.num_choices)) - self.live) | self.aborted)
         return [Submit(request), *(Abort(request.request_id, index) for index in ended)]
 

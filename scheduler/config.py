@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-POLICIES = ("mlfq", "fcfs")
+POLICIES = ("mlfq", "mlfq-static", "fcfs", "priority", "hrrn", "srpt")
+VICTIMS = ("cheapest", "last")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     policy: str = field(
-        default="mlfq", metadata={"help": "order of service: mlfq or fcfs", "choices": POLICIES}
+        default="mlfq",
+        metadata={
+            "help": "order of service: mlfq (learned levels), mlfq-static (fixed quanta), fcfs, priority, "
+            "hrrn, or srpt (takes max_tokens for the true length)",
+            "choices": POLICIES,
+        },
     )
     page_size: int = field(default=16, metadata={"help": "tokens per KV page", "min": 1})
     num_pages: int = field(
         default=0, metadata={"help": "KV pages on the device; 0 = as many as kv_cache_bytes holds"}
+    )
+    host_pages: int = field(
+        default=0, metadata={"help": "KV pages in host memory; 0 = as many as host_cache_bytes holds"}
+    )
+    disk_pages: int = field(
+        default=0, metadata={"help": "KV pages in the disk file; 0 = as many as disk_cache_bytes holds"}
     )
     max_num_seqs: int = field(default=64, metadata={"help": "sequences computed in one step", "min": 1})
     max_num_batched_tokens: int = field(
@@ -24,11 +36,49 @@ class SchedulerConfig:
         default=1024, metadata={"help": "requests that may wait; more are answered 429", "min": 1}
     )
     prefix_cache: bool = field(default=True, metadata={"help": "share KV pages between requests"})
-    mlfq_quantum_s: float = field(
-        default=0.05,
-        metadata={"help": "predicted work that one level of the feedback queue covers", "min": 0.001},
+    head_start_gamma: float = field(
+        default=0.0,
+        metadata={
+            "help": "per second: small favours the mean, large the tail (towards fcfs); 0 = adapted to the "
+            "observed tail",
+            "min": 0.0,
+        },
     )
-    mlfq_levels: int = field(default=8, metadata={"help": "levels of the feedback queue", "min": 1})
-    mlfq_max_head_start_s: float = field(
-        default=10.0, metadata={"help": "head start of the highest level, which bounds overtaking"}
+    max_head_start_s: float = field(
+        default=600.0,
+        metadata={"help": "the largest head start of mlfq, which bounds overtaking", "min": 0.0},
+    )
+    max_pause_s: float = field(
+        default=30.0,
+        metadata={"help": "a sequence put aside for longer goes before all that were not", "min": 0.0},
+    )
+    victims: str = field(
+        default="cheapest",
+        metadata={
+            "help": "who gives up pages: the lowest level's cheapest to restore, or the last in order",
+            "choices": VICTIMS,
+        },
+    )
+    reserve_share: float = field(
+        default=0.02,
+        metadata={"help": "share of the pages kept free for those who precede everyone running", "min": 0.0},
+    )
+    max_copies_in_flight: int = field(
+        default=256, metadata={"help": "pages on their way between tiers at a time", "min": 1}
+    )
+    min_shared_tokens: int = field(
+        default=64, metadata={"help": "a common prefix from which sequences are grouped", "min": 1}
+    )
+    tenant_weights: tuple[str, ...] = field(
+        default=(), metadata={"help": "name=weight: shares of service under contention; others weigh 1"}
+    )
+    max_tenant_running: int = field(
+        default=0, metadata={"help": "sequences of one tenant computed in one step; 0 = no limit", "min": 0}
+    )
+    static_quantum_s: float = field(
+        default=0.1, metadata={"help": "mlfq-static: work that the first level covers", "min": 0.001}
+    )
+    static_levels: int = field(default=8, metadata={"help": "mlfq-static: number of levels", "min": 1})
+    static_max_head_start_s: float = field(
+        default=60.0, metadata={"help": "mlfq-static: head start of the first level", "min": 0.0}
     )

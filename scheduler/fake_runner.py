@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from scheduler.choices import max_tokens_of
-from scheduler.plan import Advance
+from scheduler.plan import Advance, Tier
 from scheduler.types import EMPTY_WINDOW, FinishReason, Visibility, Window
 
 if TYPE_CHECKING:
     import random
 
+    from scheduler.fake_tiers import FakeTiers
     from scheduler.plan import Slice, StepPlan
     from scheduler.scheduler import Scheduler
     from scheduler.types import Request, Sequence
@@ -53,19 +54,21 @@ class _Memory:
 class FakeRunner:
     """Executes plans of one scheduler; `failing` are (request id, choice) that cannot be computed."""
 
-    def __init__(self, scheduler: Scheduler, rng: random.Random, failing: set[tuple[str, int]]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, rng: random.Random, failing: set[tuple[str, int]], tiers: FakeTiers
+    ) -> None:
         self._scheduler = scheduler
         self._rng = rng
         self._failing = failing
         self._page_size = scheduler.config.page_size
-        self._slots = [0] * (scheduler.config.num_pages * self._page_size)
+        self._tiers = tiers
         self._known: dict[int, _Memory] = {}
         self.prompt_logits: dict[tuple[str, int], list[int]] = {}  # slots reported, by choice
 
     def execute(self, plan: StepPlan) -> list[Advance]:
         """Compute all slices of a plan, in any order, as a batch would."""
-        for seq_id in plan.preempted:
-            self._known.pop(seq_id, None)
+        for entry in plan.preempted:
+            self._known.pop(entry.seq_id, None)
         assert plan.num_tokens <= self._scheduler.config.max_num_batched_tokens, "too many tokens in a step"
         assert len({piece.seq_id for piece in plan.slices}) == len(plan.slices), "two slices of one sequence"
         advances = []
@@ -117,25 +120,22 @@ class FakeRunner:
         memory.table[piece.first_new_page :] = piece.new_pages
         end = piece.start + len(piece.tokens)
         assert end <= len(memory.table) * self._page_size, "slots without a page"
-        slots = self._slot_numbers(memory, 0, end)
         assert len(memory.contents) >= piece.start, "a slice behind a gap"
         del memory.contents[piece.start :]
-        held = [self._slots[slot] for slot in slots[: piece.start]]
-        assert held == memory.contents, f"sequence {piece.seq_id} finds foreign KV in its pages"
-        self._check_private(slots[piece.start :])
+        held = [content for page in memory.table for content in self._tiers.pages[Tier.DEVICE, page]]
+        assert held[: piece.start] == memory.contents, (
+            f"sequence {piece.seq_id} finds foreign KV in its pages"
+        )
         memory.contents += self._kv(piece, memory.contents, sequence)
-        for slot, content in zip(slots[piece.start :], memory.contents[piece.start :], strict=True):
-            self._slots[slot] = content
+        self._write(memory, piece.start, end)
 
-    def _check_private(self, written: list[int]) -> None:
+    def _write(self, memory: _Memory, start: int, end: int) -> None:
         pool = self._scheduler._pool
-        for page in {slot // self._page_size for slot in written}:
+        for slot in range(start, end):
+            page = memory.table[slot // self._page_size]
             assert pool.references[page] == 1, "a shared page is written"
             assert page not in pool.key_of, "a findable page is written"
-
-    def _slot_numbers(self, memory: _Memory, start: int, end: int) -> list[int]:
-        size = self._page_size
-        return [memory.table[slot // size] * size + slot % size for slot in range(start, end)]
+            self._tiers.pages[Tier.DEVICE, page][slot % self._page_size] = memory.contents[slot]
 
     def _root(self, sequence: Sequence) -> int:
         own = "" if self._scheduler.config.prefix_cache else sequence.request.request_id

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from scheduler.plan import Tier
 from scheduler.prefix import page_key
 from scheduler.types import SequenceState
 
@@ -22,7 +23,9 @@ def check(scheduler: Scheduler) -> None:
     """Raises AssertionError naming the first fact that does not hold. Call it between two steps."""
     _check_pool(scheduler)
     _check_owners(scheduler)
+    _check_tiers(scheduler)
     _check_queues(scheduler)
+    _check_tenants(scheduler)
     _check_requests(scheduler)
     for sequence in scheduler._sequences.values():
         _check_sequence(scheduler, sequence)
@@ -32,7 +35,7 @@ def check(scheduler: Scheduler) -> None:
 def check_empty(scheduler: Scheduler) -> None:
     """Every sequence has ended: nothing of any of them may be left anywhere."""
     check(scheduler)
-    places, pool = scheduler._places, scheduler._pool
+    places, pool, tiers = scheduler._places, scheduler._pool, scheduler._tiers
     assert not scheduler.has_work, "work is left"
     assert not scheduler._sequences, "a sequence is left"
     assert not scheduler._requests, "a request is left"
@@ -41,7 +44,17 @@ def check_empty(scheduler: Scheduler) -> None:
     assert not scheduler._ended_at_once, "an end is not reported"
     assert not places.running, "a place is taken"
     assert not len(places.waiting), "the queue is not empty"
-    assert not any(places.waiting_by_level), "a level is not empty"
+    assert not places.waiting._levels, "a level is not empty"
+    assert not places.parked, "a sequence is parked"
+    assert not places._behind, "somebody is waited for"
+    assert not len(places._put_aside), "somebody may become overdue"
+    assert not places.preempted, "a preemption is not reported"
+    assert not scheduler._tenants.active, "a tenant is left"
+    assert scheduler._backlog.total_s == 0.0, "service is expected by nobody"
+    assert not tiers.in_flight, "a copy is in flight"
+    assert not tiers.fetches, "pages are fetched for nobody"
+    assert not tiers._going_up, "pages go up without a copy"
+    assert not tiers._unwanted, "a copy that ended is unwanted"
     assert pool.num_held == 0, "a page is held by nobody"
 
 
@@ -50,22 +63,48 @@ def check_decisions(
 ) -> None:
     """Facts across one plan, called before its slices are applied.
 
-    Nobody who computes comes after someone who was preempted. Overtaking is bounded: whoever got a
-    place arrived at most the largest head start after anyone who waited then and waits still.
+    Whoever was preempted comes after the one who needed the room. Overtaking is bounded: within a
+    tenant, whoever got a place arrived at most the largest head start after anyone who waited then and
+    waits still, unless it had been put aside for too long.
     """
-    places, policy = scheduler._places, scheduler._policy
-    computing = [policy.order(scheduler._sequences[piece.seq_id]) for piece in plan.slices]
-    for number in plan.preempted:
-        order = policy.order(scheduler._sequences[number])
-        assert all(other < order for other in computing), f"sequence {number} gave way to a later one"
-    started = [piece for number, piece in places.running.items() if number not in running_before]
-    if not started:
-        return
-    passed_over = [piece for _, piece in places.waiting.entries() if piece.seq_id in waiting_before]
-    earliest_s = min((piece.request.arrival_s for piece in passed_over), default=float("inf"))
-    for sequence in started:
-        late_s, bound_s = sequence.request.arrival_s - earliest_s, policy.max_head_start_s
+    places, sequences = scheduler._places, scheduler._sequences
+    for entry in plan.preempted:
+        first, last = sequences[entry.for_seq_id], sequences[entry.seq_id]
+        assert places.order(first) < places.order(last), f"{entry.seq_id} gave way to a later one"
+    waiting = [piece for piece in places.waiting if piece.seq_id in waiting_before]
+    for number, sequence in places.running.items():
+        if number in running_before or sequence.is_overdue:
+            continue
+        same_tenant = [piece.arrival_s for piece in waiting if piece.tenant == sequence.tenant]
+        late_s = sequence.arrival_s - min(same_tenant, default=float("inf"))
+        bound_s = scheduler._policy.max_head_start_s
         assert late_s <= bound_s + 1e-9, f"overtaken by someone {late_s} s younger; the bound is {bound_s}"
+    _check_shared(scheduler, plan)
+    _check_copies(scheduler, plan)
+
+
+def _check_shared(scheduler: Scheduler, plan: StepPlan) -> None:
+    starts = {piece.seq_id: piece.start for piece in plan.slices}
+    grouped = [number for group in plan.shared for number in group.seq_ids]
+    assert len(grouped) == len(set(grouped)), "a sequence in two groups"
+    for group in plan.shared:
+        assert len(group.seq_ids) > 1, "a group of one"
+        assert group.num_pages * scheduler.config.page_size >= scheduler.config.min_shared_tokens
+        tables = {tuple(scheduler._sequences[number].pages[: group.num_pages]) for number in group.seq_ids}
+        assert len(tables) == 1, "a group that shares other pages"
+        for number in group.seq_ids:
+            assert starts[number] >= group.num_pages * scheduler.config.page_size, "shared before computed"
+
+
+def _check_copies(scheduler: Scheduler, plan: StepPlan) -> None:
+    """What copies write is in no page table; what they read is not written by the step."""
+    written = {copy.target_page for copy in plan.copies if copy.target is Tier.DEVICE}
+    read = {copy.source_page for copy in plan.copies if copy.source is Tier.DEVICE}
+    for piece in plan.slices:
+        sequence = scheduler._sequences[piece.seq_id]
+        assert written.isdisjoint(sequence.pages), "a page is used before its copy has landed"
+        computed = sequence.pages[piece.start // scheduler.config.page_size :]
+        assert read.isdisjoint(computed), "a page is written while it is copied"
 
 
 def _check_pool(scheduler: Scheduler) -> None:
@@ -84,27 +123,69 @@ def _check_pool(scheduler: Scheduler) -> None:
 
 def _check_owners(scheduler: Scheduler) -> None:
     counted = Counter(page for piece in scheduler._sequences.values() for page in piece.pages)
+    for copy in scheduler._tiers.in_flight.values():
+        counted.update([copy.source_page] if copy.source is Tier.DEVICE else [])
+        counted.update([copy.target_page] if copy.target is Tier.DEVICE else [])
     for page, references in enumerate(scheduler._pool.references):
         assert references == counted[page], f"page {page}: {references} references, {counted[page]} holders"
 
 
+def _check_tiers(scheduler: Scheduler) -> None:
+    tiers = scheduler._tiers
+    copies = list(tiers.in_flight.values())
+    assert len(copies) <= tiers._max_in_flight, "too many copies in flight"
+    for tier in (tiers.host, tiers.disk):
+        arriving = {copy.key: copy.target_page for copy in copies if copy.target is tier.tier}
+        assert set(arriving) == tier.arriving, "content arrives without a copy"
+        pages = [*tier.free, *tier.page_of.values(), *arriving.values()]
+        assert sorted(pages) == list(range(tier.num_pages)), "a page of a tier is lost, or in two places"
+        reading = Counter(copy.key for copy in copies if copy.source is tier.tier)
+        assert reading == Counter(tier.reading), "content is read without a copy"
+        assert reading.keys() <= tier.page_of.keys(), "content is evicted while it is read"
+    going_up = {copy.key: copy.target_page for copy in copies if copy.target is Tier.DEVICE}
+    assert going_up == tiers._going_up, "content goes up without a copy"
+    for number, fetch in tiers.fetches.items():
+        assert number in scheduler._places.parked, "pages are fetched for one that is not parked"
+        assert fetch.waits_for, "a fetch that waits for nothing"
+        assert fetch.waits_for <= going_up.keys(), "a fetch waits for what does not come"
+
+
 def _check_queues(scheduler: Scheduler) -> None:
     places = scheduler._places
-    waiting = {piece.seq_id for _, piece in places.waiting.entries()}
-    running = set(places.running)
+    waiting = {piece.seq_id for piece in places.waiting}
+    running, parked = set(places.running), set(places.parked)
     held_back = {piece.seq_id for group in scheduler._requests.values() for piece in group.held_back}
-    assert waiting.isdisjoint(running), "a sequence waits and runs"
-    assert held_back.isdisjoint(waiting | running), "a sequence that is held back waits or runs"
-    assert waiting | running | held_back == set(scheduler._sequences), "a live sequence is in no queue"
+    assert len(waiting) == len(places.waiting), "the queue is miscounted"
+    together = len(waiting) + len(running) + len(parked) + len(held_back)
+    assert waiting | running | parked | held_back == set(scheduler._sequences), "one is in no queue"
+    assert together == len(scheduler._sequences), "a sequence is in two queues"
     assert len(running) <= scheduler.config.max_num_seqs, "more sequences than places"
     for number, sequence in scheduler._sequences.items():
         assert sequence.seq_id == number, "a sequence under another's number"
-        expected = SequenceState.RUNNING if number in running else SequenceState.WAITING
-        assert sequence.state is expected, f"sequence {number} is {sequence.state}"
+        assert sequence.state is _expected_state(number, running, parked), f"{number} is {sequence.state}"
         assert number in running or not sequence.pages, f"sequence {number} holds pages while it waits"
-    levels = Counter(piece.level for _, piece in places.waiting.entries())
-    counted = [levels[level] for level in range(scheduler._policy.num_levels)]
-    assert counted == places.waiting_by_level, "waiting sequences are miscounted by level"
+    behind = {piece.seq_id for group in places._behind.values() for _, piece in group}
+    assert set(places._behind) <= running, "one is waited for that does not run"
+    assert parked <= behind | set(scheduler._tiers.fetches), "parked for nothing"
+    levels = Counter(piece.level for piece in places.waiting if not piece.is_overdue)
+    assert levels == Counter(dict(places.waiting.by_level())), "waiting sequences are miscounted by level"
+
+
+def _expected_state(number: int, running: set[int], parked: set[int]) -> SequenceState:
+    if number in running:
+        return SequenceState.RUNNING
+    return SequenceState.PARKED if number in parked else SequenceState.WAITING
+
+
+def _check_tenants(scheduler: Scheduler) -> None:
+    live = Counter(piece.tenant for piece in scheduler._sequences.values())
+    running = Counter(piece.tenant for piece in scheduler._places.running.values())
+    tenants = scheduler._tenants.active
+    assert live == Counter({name: tenant.num_live for name, tenant in tenants.items()}), "tenants miscounted"
+    for name, tenant in tenants.items():
+        assert tenant.num_running == running[name], f"tenant {name!r} runs {running[name]}"
+        limit = scheduler.config.max_tenant_running
+        assert not limit or running[name] <= limit, f"tenant {name!r} runs more than it may"
 
 
 def _check_requests(scheduler: Scheduler) -> None:
@@ -157,10 +238,27 @@ def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> None:
 
 
 def _check_order(scheduler: Scheduler) -> None:
-    policy = scheduler._policy
-    for order, sequence in scheduler._places.waiting.entries():
-        assert order == policy.order(sequence), f"sequence {sequence.seq_id} waits out of its order"
+    """Heads of levels and their order, found by looking at everyone."""
+    policy, places = scheduler._policy, scheduler._places
     for sequence in scheduler._sequences.values():
-        head_start_s = sequence.request.arrival_s - policy.order(sequence)[0]
-        assert -1e-9 <= head_start_s <= policy.max_head_start_s + 1e-9, "a head start is out of bounds"
-        assert 0 <= sequence.level < policy.num_levels, "a level that is none"
+        head_start_s = sequence.arrival_s - policy.key(sequence.level, sequence.arrival_s)
+        assert policy.max_head_start_s == float("inf") or (
+            -1e-6 <= head_start_s <= policy.max_head_start_s + 1e-6
+        ), f"a head start of {head_start_s} s is out of bounds"
+    may_run, tenants = scheduler._tenants.may_run, scheduler._tenants.active
+    eligible = [piece for piece in places.waiting if may_run(tenants[piece.tenant])]
+    first = places.waiting.first()
+    if not eligible:
+        assert first is None, "a tenant that runs enough has its turn"
+        return
+    assert first is not None, "somebody waits and nobody has the turn"
+    own = [places.order(piece) for piece in eligible if piece.tenant == first.tenant]
+    assert places.order(first) == min(own), "a tenant's turn goes to one that is not its first"
+    if len({piece.tenant for piece in eligible}) > 1 and not first.is_overdue:
+        key_s = min(places.order(piece)[0] for piece in eligible)
+        levels = {piece.level for piece in eligible if places.order(piece)[0] == key_s}
+        least = {
+            min(tenants[piece.tenant].served_s for piece in eligible if piece.level == level)
+            for level in levels
+        }
+        assert tenants[first.tenant].served_s in least, "a turn goes to a tenant that was served more"

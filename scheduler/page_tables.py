@@ -15,12 +15,14 @@ from scheduler.prefix import page_key
 
 if TYPE_CHECKING:
     from scheduler.pages import PagePool
+    from scheduler.tiers import Tiers
     from scheduler.types import Sequence
 
 
 class PageTables:
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    def __init__(self, pool: PagePool, tiers: Tiers, page_size: int) -> None:
         self.pool = pool
+        self.tiers = tiers
         self.page_size = page_size
 
     def pages_for(self, num_slots: int) -> int:
@@ -33,16 +35,25 @@ class PageTables:
         of its prompt must compute it once itself: until then nothing is found, and after a
         preemption only what it had reported already.
         """
-        limit = len(sequence.tokens) - 1
-        if sequence.wants_prompt_logits:
-            limit = min(limit, sequence.num_reached)
         pages: list[int] = []
-        for number in range(limit // self.page_size):
-            page = self.pool.find(self._key(sequence, number))
+        for number in range(self.num_shareable(sequence)):
+            page = self.pool.find(self.key(sequence, number))
             if page is None:
                 break
             pages.append(page)
         return pages
+
+    def find_below(self, sequence: Sequence, num_found: int) -> list[bytes]:
+        """The keys of the pages after those found on the device that a lower tier can bring."""
+        numbers = range(num_found, self.num_shareable(sequence))
+        return self.tiers.chain(self.key(sequence, number) for number in numbers)
+
+    def num_shareable(self, sequence: Sequence) -> int:
+        """How many leading pages may be found instead of computed."""
+        limit = len(sequence.tokens) - 1
+        if sequence.wants_prompt_logits:
+            limit = min(limit, sequence.num_reached)
+        return limit // self.page_size
 
     def hold(self, sequence: Sequence, found: list[int]) -> None:
         """Start the sequence's table with pages from `find`."""
@@ -63,7 +74,7 @@ class PageTables:
     def publish(self, sequence: Sequence, since: int) -> None:
         """Give keys to the pages that became full of findable tokens since there were `since`."""
         for number in range(since // self.page_size, sequence.num_findable // self.page_size):
-            self.pool.register(sequence.pages[number], self._key(sequence, number))
+            self.pool.register(sequence.pages[number], self.key(sequence, number))
 
     def trim(self, sequence: Sequence) -> None:
         """Give back the pages beyond what the sequence wants computed next."""
@@ -77,7 +88,10 @@ class PageTables:
         """Its numbers went wrong: what it alone computed is offered to nobody any more."""
         for page in sequence.pages:
             if self.pool.references[page] == 1:
+                key = self.pool.key_of.get(page)
                 self.pool.forget(page)
+                if key is not None and self.tiers.enabled:
+                    self.tiers.forget(key)
 
     def drop(self, sequence: Sequence) -> None:
         """Let go of every page; the full ones stay findable until their memory is needed."""
@@ -85,7 +99,7 @@ class PageTables:
         sequence.pages = []
         sequence.num_computed = sequence.num_findable = sequence.num_pages_sent = 0
 
-    def _key(self, sequence: Sequence, number: int) -> bytes:
+    def key(self, sequence: Sequence, number: int) -> bytes:
         """The key of one full page of committed tokens, which never change: computed once, and kept
         over preemptions."""
         keys, size = sequence.page_keys, self.page_size

@@ -52,11 +52,17 @@ class PagePool:
             del self.cached[page]
         self.references[page] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
+    def touch(self, pages: Sequence[int]) -> None:
+        """Evict the cached ones among these after all others."""
+        for page in reversed(pages):
+            if page in self.cached:
+                self.cached.move_to_end(page)
+
+    def release(self, pages: Sequence[int], *, first_out: bool = False) -> None:
         """Drop one reference to each page of a chain, given from the root on.
 
         The chain is let go from its end, so that its deeper pages are evicted before the parents
-        without which they could not be found.
+        without which they could not be found. `first_out`: evict them before all others.
         """
         for page in reversed(pages):
             assert self.references[page] > 0, "a page released more often than held"
@@ -64,6 +70,8 @@ class PagePool:
             if self.references[page] == 0:
                 if page in self.key_of:
                     self.cached[page] = None
+                    if first_out:
+                        self.cached.move_to_end(page, last=False)
                 else:
                     self.free.append(page)
 

@@ -1,83 +1,211 @@
 """Who waits and who runs.
 
-A live sequence is in exactly one of three places: it waits in the agenda, it runs, or its request
-holds it back until the prompt that it shares is computed (scheduler.py).
+A live sequence is in exactly one of four places: it waits in the queue, it is parked until pages that it
+needs are computed by another or fetched from a lower tier, it runs, or its request holds it back until
+the prompt that it shares is computed (scheduler.py).
 """
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from scheduler.agenda import Agenda, Order
+from scheduler.levels import LevelCounts
+from scheduler.plan import Preempted
 from scheduler.types import Sequence, SequenceState
+from scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
+    from scheduler.clock import Clock
     from scheduler.page_tables import PageTables
-    from scheduler.policies import Policy
+    from scheduler.policies.base import Policy
+    from scheduler.tenants import Tenants
 
 
 class Places:
-    def __init__(self, policy: Policy, tables: PageTables, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tables: PageTables,
+        tenants: Tenants,
+        clock: Clock,
+        max_num_seqs: int,
+        max_pause_s: float,
+    ) -> None:
         self.policy = policy
         self.tables = tables
+        self.tenants = tenants
         self.max_num_seqs = max_num_seqs
-        self.waiting: Agenda[Sequence] = Agenda()
-        self.waiting_by_level = [0] * policy.num_levels
+        self.waiting = WaitingQueue(policy, tenants)
         self.running: dict[int, Sequence] = {}
-        self.set_aside_ids: list[int] = []  # since the last plan
-        self.num_preemptions = 0
+        self.parked: dict[int, Sequence] = {}
+        self.counts = LevelCounts()
+        self.preempted: list[Preempted] = []  # since the last plan
+        self.num_preempted = {"place": 0, "pages": 0}
+        self.num_resumed = {"kept": 0, "fetched": 0, "recomputed": 0}
+        self.num_overdue = 0
+        self.num_parked = 0
+        self.longest_pause_s = 0.0
         self.query_tokens = 0
         self.hit_tokens = 0
+        self._clock = clock
+        self._max_pause_s = max_pause_s
+        self._put_aside: Agenda[Sequence] = Agenda()  # by when they will be overdue
+        self._behind: dict[int, list[tuple[int, Sequence]]] = {}  # parked behind one that computes for them
 
     @property
     def is_full(self) -> bool:
         return len(self.running) >= self.max_num_seqs
 
-    def by_policy(self) -> list[Sequence]:
-        """The running sequences, the first in the order first."""
-        return sorted(self.running.values(), key=self.policy.order)
+    def order(self, sequence: Sequence) -> Order:
+        return self.waiting.order(sequence)
 
-    def first_waiting(self) -> tuple[Order, Sequence] | None:
-        return self.waiting.first()
+    def by_policy(self) -> list[tuple[Order, Sequence]]:
+        """The running sequences, the first in the order first."""
+        order = self.waiting.order
+        ranked = [(order(sequence), sequence) for sequence in self.running.values()]
+        ranked.sort(key=itemgetter(0))
+        return ranked
 
     def join(self, sequence: Sequence) -> None:
         """A sequence begins to wait for its first place."""
-        found = len(self.tables.find(sequence)) * self.tables.page_size
-        self.policy.enter(sequence, found)
+        sequence.num_found = len(self.tables.find(sequence)) * self.tables.page_size
+        sequence.level = self.policy.level(sequence)
+        self.counts.entered(sequence.level)
+        sequence.waiting_since_s = self._clock()
         self._wait(sequence)
 
     def seat(self, sequence: Sequence, found: list[int]) -> None:
         """A waiting sequence gets a place, and holds the pages found for its tokens."""
         assert not self.is_full, "more sequences than places"
-        self._stop_waiting(sequence)
+        self.waiting.discard(sequence)
+        self._put_aside.discard(sequence.seq_id)
         self.tables.hold(sequence, found)
         sequence.state = SequenceState.RUNNING
         self.running[sequence.seq_id] = sequence
-        if sequence.first_scheduled_s is None:
-            sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+        self._count_running(sequence, +1)
+        self._note_seated(sequence)
+        sequence.fetched_after = -1
 
-    def set_aside(self, sequence: Sequence) -> None:
+    def set_aside(self, sequence: Sequence, reason: str, beneficiary: Sequence) -> None:
         """Preempt: the sequence drops its pages and waits again, where its arrival puts it."""
-        del self.running[sequence.seq_id]
-        self.tables.drop(sequence)
+        pages = list(sequence.pages)
+        self._stop_running(sequence)
         sequence.num_preemptions += 1
-        self.num_preemptions += 1
-        self.set_aside_ids.append(sequence.seq_id)
+        self.num_preempted[reason] += 1
+        self.counts.preempted(sequence.level)
+        self.preempted.append(Preempted(sequence.seq_id, reason, beneficiary.seq_id))
+        sequence.waiting_since_s = self._clock()
         self._wait(sequence)
+        if not sequence.is_overdue:
+            due_s = sequence.waiting_since_s + self._max_pause_s
+            self._put_aside.push((due_s, sequence.seq_id), sequence)
+        if self.tables.tiers.enabled:
+            self.tables.tiers.put_aside(pages, self.order(sequence)[0])
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence ended, wherever it was."""
-        if sequence.seq_id in self.waiting:
-            self._stop_waiting(sequence)
-        elif self.running.pop(sequence.seq_id, None) is not None:
-            self.tables.drop(sequence)
+        if sequence.state is SequenceState.RUNNING:
+            self._stop_running(sequence)
+        elif sequence.seq_id in self.parked:
+            del self.parked[sequence.seq_id]
+            self.tables.tiers.forget_sequence(sequence.seq_id)
+        elif sequence.seq_id in self.waiting:
+            self.waiting.discard(sequence)
+        self._put_aside.discard(sequence.seq_id)
         sequence.state = SequenceState.FINISHED
+
+    def relevel(self, sequence: Sequence) -> None:
+        """A running sequence was served: it may belong elsewhere now."""
+        level = self.policy.level(sequence)
+        self.counts.moved(sequence.level, level)
+        sequence.level = level
+        if not sequence.num_left:
+            sequence.next_change = self.policy.next_change(sequence)
+
+    def call_overdue(self) -> None:
+        """Who was put aside for too long goes before all that were not, and stays there to its end."""
+        now_s = self._clock()
+        while (entry := self._put_aside.first()) is not None and entry[0][0] <= now_s:
+            sequence = entry[1]
+            self._put_aside.discard(sequence.seq_id)
+            self.num_overdue += 1
+            waits = sequence.seq_id in self.waiting
+            if waits:
+                self.waiting.discard(sequence)
+            sequence.is_overdue = True
+            if waits:
+                self.waiting.push(sequence)
+
+    # Parking
+
+    def park(self, sequence: Sequence) -> None:
+        """It has its turn, but its pages are on their way: others go on meanwhile."""
+        self.waiting.discard(sequence)
+        sequence.state = SequenceState.PARKED
+        self.num_parked += 1
+        self.parked[sequence.seq_id] = sequence
+
+    def park_behind(self, sequence: Sequence, other: Sequence, num_tokens: int) -> None:
+        """Until `other`, which runs, has computed `num_tokens` leading tokens that both share."""
+        self.park(sequence)
+        self._behind.setdefault(other.seq_id, []).append((num_tokens, sequence))
+
+    def unpark(self, seq_id: int) -> None:
+        """Its pages came, or will not come: it waits for its turn again. Unknown ones are ignored."""
+        sequence = self.parked.pop(seq_id, None)
+        if sequence is not None:
+            sequence.num_found = len(self.tables.find(sequence)) * self.tables.page_size
+            level = self.policy.level(sequence)
+            self.counts.moved(sequence.level, level)
+            sequence.level = level
+            self._wait(sequence)
+
+    def unpark_behind(self, other: Sequence, num_findable: float) -> None:
+        """`other` has computed so many leading tokens for all to find; infinity: it computes no more."""
+        waiting = self._behind.pop(other.seq_id, None)
+        if waiting is None:
+            return
+        left = []
+        for entry in waiting:
+            if entry[0] <= num_findable:
+                self.unpark(entry[1].seq_id)
+            elif entry[1].seq_id in self.parked:
+                left.append(entry)
+        if left:
+            self._behind[other.seq_id] = left
+
+    # One sequence, in and out
 
     def _wait(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
-        self.waiting.push(self.policy.order(sequence), sequence)
-        self.waiting_by_level[sequence.level] += 1
+        self.waiting.push(sequence)
 
-    def _stop_waiting(self, sequence: Sequence) -> None:
-        self.waiting.discard(sequence.seq_id)
-        self.waiting_by_level[sequence.level] -= 1
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self.running[sequence.seq_id]
+        self.tables.drop(sequence)
+        self._count_running(sequence, -1)
+        self.unpark_behind(sequence, float("inf"))
+
+    def _count_running(self, sequence: Sequence, change: int) -> None:
+        tenant = self.tenants.active[sequence.request.tenant]
+        could_run = self.tenants.may_run(tenant)
+        tenant.num_running += change
+        if self.tenants.may_run(tenant) != could_run:
+            self.waiting.tenant_changed(tenant)
+
+    def _note_seated(self, sequence: Sequence) -> None:
+        waited_s = self._clock() - sequence.waiting_since_s
+        self.counts.seated(sequence.level, waited_s)
+        if sequence.first_scheduled_s is None and not sequence.num_preemptions:
+            sequence.num_cached = min(sequence.num_computed, sequence.prompt_len)
+            return
+        if not sequence.num_preemptions:
+            return
+        self.longest_pause_s = max(self.longest_pause_s, waited_s)
+        full_pages = sequence.num_reached - sequence.num_reached % self.tables.page_size
+        if sequence.num_computed < full_pages:
+            self.num_resumed["recomputed"] += 1
+        else:
+            self.num_resumed["kept" if sequence.fetched_after < 0 else "fetched"] += 1

@@ -6,8 +6,9 @@ what the engine made of the plan.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.types import EMPTY_WINDOW, FinishReason, Visibility, Window
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """The tokens of one sequence that one step computes.
 
     Slot k of the sequence lives in page `k // page_size` of its page table. The slice fills slots
@@ -37,13 +37,64 @@ class Slice:
     ancestors: tuple[int, ...] = ()
 
 
+class Tier(enum.IntEnum):
+    """Where KV pages lie. Only pages on the device are computed with."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The KV of one page, from a page of one tier to a page of another. The engine starts it with the
+    step and reports its end in a `Copied`; until then neither page is used for anything else, and
+    nobody reads the target. Ways there are: device to host, host to device, host to disk, disk to device.
+    """
+
+    number: int  # unique among copies
+    key: bytes  # the content's key; a disk page carries it
+    source: Tier
+    source_page: int
+    target: Tier
+    target_page: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """A copy has ended. Not `ok`: it failed, or the source was damaged; the content is a miss."""
+
+    number: int
+    ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPages:
+    """Sequences of one step whose first `num_pages` pages are the same ones, all computed before: their
+    attention over those may be computed together."""
+
+    num_pages: int
+    seq_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A sequence that lost its place and its pages since the last plan, and why."""
+
+    seq_id: int
+    reason: str  # "place" or "pages": what was short
+    for_seq_id: int  # who needed it
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. `preempted` names sequences that lost their pages since the last plan."""
+    """One step. `copies` begin with it; none of its slices reads what they write."""
 
     step: int
     slices: tuple[Slice, ...]
-    preempted: tuple[int, ...] = ()
+    preempted: tuple[Preempted, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    shared: tuple[SharedPages, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -83,17 +134,58 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class LevelStats:
+    """One level of the queue: gauges of now, and counters since the start."""
+
+    level: int
+    num_waiting: int = 0
+    num_running: int = 0
+    num_entered: int = 0  # sequences that joined here
+    num_demoted: int = 0  # sank from here
+    num_promoted: int = 0  # rose from here
+    num_preempted: int = 0  # were put aside while here
+    num_seated: int = 0
+    waited_s: float = 0.0  # by those seated, since they came into the queue last
+
+
+@dataclass(frozen=True, slots=True)
+class TierStats:
+    """Host or disk pages: gauges of now, and counters since the start."""
+
+    tier: Tier
+    num_pages: int
+    num_used: int  # hold content that can be found
+    num_busy: int  # at an end of a copy in flight
+    num_in: int  # pages that arrived
+    num_failed: int  # copies to it that failed
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerStats:
-    """Gauges of now and counters since the start, for metrics and the log. All counts, no times."""
+    """Gauges of now and counters since the start, for metrics and the log."""
 
     num_running: int = 0
     num_waiting: int = 0
+    num_parked: int = 0  # of those waiting: until pages are computed by another, or fetched
     num_pages: int = 0
-    num_pages_held: int = 0  # referenced by a sequence
+    num_pages_held: int = 0  # referenced by a sequence or a copy
     num_pages_cached: int = 0  # unreferenced, still findable by content
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
-    num_preemptions: int = 0
+    num_preempted_for_places: int = 0
+    num_preempted_for_pages: int = 0
+    num_resumed_kept: int = 0  # preempted sequences that found all they had computed on the device,
+    num_resumed_fetched: int = 0  # .. had some of it fetched from a lower tier,
+    num_resumed_recomputed: int = 0  # .. had some of it computed again
     recomputed_tokens: int = 0
-    running_by_level: tuple[int, ...] = ()
-    waiting_by_level: tuple[int, ...] = ()
+    num_pages_up: int = 0  # fetched from lower tiers
+    num_overdue: int = 0  # sequences that were put aside for too long, since the start
+    longest_pause_s: float = 0.0  # of a started sequence, since the start
+    backlog_s: float = 0.0  # service that the accepted sequences are expected to need still
+    head_start_gamma: float = 0.0  # 0 where the policy has none
+    levels: tuple[LevelStats, ...] = ()
+    tiers: tuple[TierStats, ...] = ()
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.num_preempted_for_places + self.num_preempted_for_pages

@@ -3,24 +3,31 @@
 A plan is made in three rounds:
 
 1. Seats. Under a preemptive policy, waiting sequences that precede a running one take a place, and if
-   need be the places and pages of those behind them, last first.
+   need be the places and pages of those behind them.
 2. Shares. The token budget is dealt out: to sequences with few tokens left first, so that a decode
    never waits for someone's chunk; what remains goes to chunks in policy order. The first sequence
    of the order is sure of a part. Then pages are provided strictly in policy order; when none is
-   left, the last of the order is preempted. It has no slice yet, for slices are made from the front.
+   left, somebody behind is preempted. It has no slice yet, for slices are made from the front.
 3. Leftovers. If tokens, places and pages are left, waiting sequences are admitted in policy order,
-   only as many as get tokens now: those behind may find the pages that these compute.
+   only as many as get tokens now.
+
+Before a sequence is seated it is parked if what it needs is on its way: a common prefix that somebody
+ahead of it computes just now, or pages that lie in a lower tier and come up faster than they would be
+computed. Who has no place for want of pages is a victim: the lowest level gives way first, in it the
+one that is cheapest to restore. Being restored costs time, so a victim must come later than its
+beneficiary by more than that.
 
 Why somebody always gets on. Let F be the first of the order among the running. Round 2 gives F at
 least one token, and everyone else's pages if F needs them; `Scheduler.add` refuses what does not fit
 the pool alone, and `apply` ends a sequence whose window does not. So F is never preempted by someone
-behind it and computes in every plan. Orders change only with service, at most `num_levels - 1` times
-per sequence and only backwards; in between, of two sequences only the later one is ever preempted
-for the other. So F's turn ends after finitely many steps, and there are finitely many turns before
-any given sequence: who arrived later by more than the largest head start never comes before it. With
-an order that is not preemptive, a waiting sequence that precedes all running ones stops admissions,
-the running ones end, and it is seated. If nobody runs, the first waiting one is seated in round 1 or
-3: alone it fits. No deadlock, no livelock.
+behind it and computes in every plan, but for one whose pages a copy in flight still holds; copies end
+by themselves. Orders change only with service; in between, of two sequences only the later one is
+ever preempted for the other. So F's turn ends after finitely many steps, and there are finitely many
+turns before any given sequence: who arrived later by more than the largest head start never comes
+before it. With an order that is not preemptive, a waiting sequence that precedes all running ones stops
+admissions, the running ones end, and it is seated. If nobody runs, the first waiting one is seated in
+round 3: alone it fits. Who is parked waits for somebody ahead of it who runs, or for copies; it fetches
+again only if it found more than before. No deadlock, no livelock.
 """
 
 from __future__ import annotations
@@ -28,24 +35,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scheduler.plan import Slice
+from scheduler.sharing import Frontier
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from scheduler.agenda import Order
+    from scheduler.config import SchedulerConfig
+    from scheduler.costs import CostModel
     from scheduler.page_tables import PageTables
     from scheduler.places import Places
     from scheduler.types import Sequence
 
+MAX_COMPARED_VICTIMS = 16  # of the lowest level, the last in order, whose cost to restore is compared
+
+Ranked = tuple["Order", "Sequence"]
+
 
 class Planner:
-    def __init__(self, places: Places, max_num_batched_tokens: int) -> None:
+    def __init__(self, places: Places, config: SchedulerConfig, costs: CostModel) -> None:
         self._places = places
         self._tables: PageTables = places.tables
-        self._budget = max_num_batched_tokens
+        self._config = config
+        self._costs = costs
+        self._budget = config.max_num_batched_tokens
+        self._reserve = int(config.reserve_share * config.num_pages)
+        self._frontier: Frontier | None = None  # made when somebody may be seated
 
     def slices(self) -> list[Slice]:
-        preemptions = self._places.num_preemptions
+        self._frontier = None
+        preempted = len(self._places.preempted)
+        self._places.call_overdue()
         self._seat_those_ahead()
         slices, left = self._serve_running()
-        if self._places.num_preemptions == preemptions:
+        if len(self._places.preempted) == preempted:
             slices += self._admit(left)
         return slices
 
@@ -57,40 +80,68 @@ class Planner:
             return
         behind = places.by_policy()
         claimed = 0
-        while claimed < self._budget and behind and (entry := places.first_waiting()) is not None:
-            order, sequence = entry
-            if places.policy.order(behind[-1]) < order:
+        while claimed < self._budget and behind and (sequence := places.waiting.first()) is not None:
+            order = places.order(sequence)
+            if behind[-1][0] < order:
                 return
-            found = self._tables.find(sequence)
-            victims = self._victims(sequence, found, behind)
+            found = self._ready(sequence)
+            if found is None:
+                continue
+            victims = self._victims(sequence, order, found, behind)
             if victims is None:
                 return
-            for victim in victims:
-                places.set_aside(victim)
-            del behind[len(behind) - len(victims) :]
-            places.seat(sequence, found)
+            for reason, victim in victims:
+                places.set_aside(victim, reason, sequence)
+            behind = [entry for entry in behind if entry[1].seq_id in places.running]
+            self._seat(sequence, found)
             claimed += sequence.num_tokens - sequence.num_computed
 
     def _victims(
-        self, sequence: Sequence, found: list[int], running: list[Sequence]
-    ) -> list[Sequence] | None:
-        """Who must go so that `sequence` has a place and pages: the last of the order. None if only
-        somebody ahead of it could make the room."""
+        self, sequence: Sequence, order: Order, found: list[int], behind: list[Ranked]
+    ) -> list[tuple[str, Sequence]] | None:
+        """Who must go, and for what, so that `sequence` has a place and pages; none if there is room.
+        None if only somebody ahead of it could make the room, or it would cost too much."""
         places = self._places
-        order = places.policy.order(sequence)
         spare = self._spare_pages() - self._needed_pages(sequence, found)
         num_running = len(places.running)
-        victims: list[Sequence] = []
-        for victim in reversed(running):
-            if num_running < places.max_num_seqs and spare >= 0:
-                return victims
-            if places.policy.order(victim) < order:
+        victims: list[tuple[str, Sequence]] = []
+        left = list(behind)
+        while num_running >= places.max_num_seqs or spare < 0:
+            reason = "place" if num_running >= places.max_num_seqs else "pages"
+            chosen = self._choose(left, cheapest=reason == "pages")
+            if chosen is None:
                 return None
-            victims.append(victim)
+            entry, restore_s = chosen
+            if not order[0] + restore_s < entry[0][0]:
+                return None
+            left.remove(entry)
+            victims.append((reason, entry[1]))
             num_running -= 1
-            spare += self._pages_back(victim, found)
-        # Whoever was seated in this round is not in `running`, and precedes `sequence`.
-        return victims if num_running == 0 or (num_running < places.max_num_seqs and spare >= 0) else None
+            spare += self._pages_back(entry[1], found)
+        return victims
+
+    def _choose(self, candidates: list[Ranked], cheapest: bool) -> tuple[Ranked, float] | None:
+        """The victim among these (in policy order), and the seconds that restoring it will take."""
+        if not candidates:
+            return None
+        if not cheapest or self._config.victims == "last":
+            return candidates[-1], self._restore_s(candidates[-1][1])
+        lowest = max(entry[1].level for entry in candidates)
+        compared = [entry for entry in candidates if entry[1].level == lowest][-MAX_COMPARED_VICTIMS:]
+        priced = [(entry, self._restore_s(entry[1])) for entry in reversed(compared)]
+        return min(priced, key=lambda pair: pair[1])
+
+    def _restore_s(self, victim: Sequence) -> float:
+        """What it takes to bring back what the sequence has computed, if it loses its pages."""
+        size, tiers = self._tables.page_size, self._tables.tiers
+        keys = victim.page_keys[: victim.num_findable // size]
+        num_below = tiers.count_on_host(keys) if tiers.enabled else 0
+        num_lost = victim.num_computed - num_below * size
+        config = self._config
+        recompute_s = self._costs.prefill(
+            num_below * size, num_lost, config.max_num_batched_tokens, config.max_num_seqs
+        )
+        return num_below * self._costs.host_page_s + recompute_s
 
     def _pages_back(self, victim: Sequence, found: list[int]) -> int:
         """Pages that become available when one sequence goes, at the least: shared ones may stay."""
@@ -102,12 +153,13 @@ class Planner:
     # Round 2
 
     def _serve_running(self) -> tuple[list[Slice], int]:
-        running = self._places.by_policy()
+        ranked = self._places.by_policy()
+        running = [sequence for _, sequence in ranked]
         shares, left = self._share_tokens(running)
         slices = []
-        for sequence, share in zip(running, shares, strict=True):
-            if share and sequence.seq_id in self._places.running and self._provide(sequence, share, running):
-                slices.append(self._slice(sequence, share))
+        for number, (sequence, share) in enumerate(zip(running, shares, strict=True)):
+            if share and sequence.seq_id in self._places.running and self._provide(ranked, number, share):
+                slices.append(make_slice(sequence, share))
         return slices, left
 
     def _share_tokens(self, running: list[Sequence]) -> tuple[list[int], int]:
@@ -134,17 +186,19 @@ class Planner:
             shares[k] = share
         return shares, left
 
-    def _provide(self, sequence: Sequence, share: int, running: list[Sequence]) -> bool:
-        """Pages for the next `share` tokens, if need be from the last of the order. False: it is the
-        last itself, keeps what it has, and waits for this step."""
+    def _provide(self, ranked: list[Ranked], number: int, share: int) -> bool:
+        """Pages for the next `share` tokens of one running sequence, if need be from somebody behind it.
+        False: nobody is behind it; it keeps what it has, and waits for this step."""
+        sequence = ranked[number][1]
         slots = sequence.num_computed + share
         needed = self._tables.missing(sequence, slots)
         while self._tables.pool.available < needed:
-            last = next(piece for piece in reversed(running) if piece.seq_id in self._places.running)
-            if last is sequence:
-                assert sequence is not running[0], "the first of the order does not fit the pool alone"
+            behind = [entry for entry in ranked[number + 1 :] if entry[1].seq_id in self._places.running]
+            chosen = self._choose(behind, cheapest=True)
+            if chosen is None:
+                assert number or self._tables.tiers.in_flight, "the first of the order does not fit the pool"
                 return False
-            self._places.set_aside(last)
+            self._places.set_aside(chosen[0][1], "pages", sequence)
         if needed:
             self._tables.grow(sequence, slots)
         return True
@@ -154,65 +208,120 @@ class Planner:
     def _admit(self, left: int) -> list[Slice]:
         places = self._places
         slices: list[Slice] = []
-        if not left or not len(places.waiting):
+        if not len(places.waiting) or not left or places.is_full:
             return slices
         spare = self._spare_pages()
-        while left and not places.is_full and (entry := places.first_waiting()) is not None:
-            sequence = entry[1]
-            found = self._tables.find(sequence)
+        while left and not places.is_full and (sequence := places.waiting.first()) is not None:
+            found = self._ready(sequence)
+            if found is None:
+                spare = self._spare_pages()
+                continue
             needed = self._needed_pages(sequence, found)
-            if places.running and needed > spare:
+            if needed > spare - self._reserve and (places.running or needed > self._tables.pool.available):
                 break
-            places.seat(sequence, found)
+            self._seat(sequence, found)
             spare -= needed + 1
             share = _portion(sequence, left)
             left -= share
             if not share:
                 break
             self._tables.grow(sequence, sequence.num_computed + share)
-            slices.append(self._slice(sequence, share))
+            slices.append(make_slice(sequence, share))
         return slices
+
+    # Seating
+
+    def _ready(self, sequence: Sequence) -> list[int] | None:
+        """The pages found for the first of the queue; None: it is parked until there are more."""
+        found = self._tables.find(sequence)
+        if self._waits_for_another(sequence, len(found)) or self._fetches(sequence, found):
+            return None
+        return found
+
+    def _waits_for_another(self, sequence: Sequence, num_found: int) -> bool:
+        places = self._places
+        if self._frontier is None:
+            self._frontier = Frontier(self._tables, places.running.values())
+        shared = self._frontier.computing_for(sequence, num_found, self._config.min_shared_tokens)
+        if shared is None or not places.order(shared[0]) < places.order(sequence):
+            return False
+        places.park_behind(sequence, *shared)
+        return True
+
+    def _fetches(self, sequence: Sequence, found: list[int]) -> bool:
+        tables, tiers = self._tables, self._tables.tiers
+        if not tiers.enabled or len(found) <= sequence.fetched_after:
+            return False
+        keys = tables.find_below(sequence, len(found))
+        if not keys or self._needed_pages(sequence, found) > self._spare_pages():
+            return False
+        costs, config = self._costs, self._config
+        computing_s = costs.prefill(
+            len(found) * tables.page_size,
+            len(keys) * tables.page_size,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+        )
+        if tiers.seconds(keys, costs.host_page_s, costs.disk_page_s) >= computing_s:
+            return False
+        tables.pool.touch(found)
+        if not tiers.fetch(sequence.seq_id, keys):
+            return False
+        sequence.fetched_after = len(found)
+        self._places.park(sequence)
+        return True
+
+    def _seat(self, sequence: Sequence, found: list[int]) -> None:
+        self._places.seat(sequence, found)
+        if self._frontier is not None:
+            self._frontier.add(sequence)
 
     def _spare_pages(self) -> int:
         """Available pages that nobody who runs will need soon: neither for tokens that are known
         already, nor one more each to grow into. Admitting beyond that would end in preemptions."""
         missing = self._tables.missing
-        promised = sum(missing(piece, piece.num_tokens) + 1 for piece in self._places.running.values())
-        return self._tables.pool.available - promised
+        places = self._places
+        promised = sum(missing(piece, piece.num_tokens) + 1 for piece in places.running.values())
+        return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
+
+    def _promised_to(self, fetching: Iterable[int]) -> int:
+        pages_for, parked = self._tables.pages_for, self._places.parked
+        return sum(pages_for(parked[number].num_tokens) for number in fetching)
 
     def _needed_pages(self, sequence: Sequence, found: list[int]) -> int:
         """Available pages that seating a sequence uses up: new ones, and found ones nobody holds."""
         unheld = sum(1 for page in found if self._tables.pool.references[page] == 0)
         return self._tables.pages_for(sequence.num_tokens) - len(found) + unheld
 
-    def _slice(self, sequence: Sequence, share: int) -> Slice:
-        start, end = sequence.num_computed, sequence.num_computed + share
-        known = len(sequence.tokens)
-        window = sequence.window
-        num_window = max(0, end - known)
-        assert num_window in (0, len(window.tokens)), "a window is computed whole or not at all"
-        num_logits = 0 if end < known else min(share, 1 + num_window)
-        if sequence.wants_prompt_logits:
-            num_logits = max(num_logits, end - max(start, sequence.num_reached))
-        sent = sequence.num_pages_sent
-        sequence.num_pages_sent = len(sequence.pages)
-        new_pages = tuple(sequence.pages[sent:])
-        tokens = tuple(sequence.tokens[start:end])
-        if not num_window:
-            positions = range(start, end)
-            return Slice(sequence.seq_id, start, tokens, positions, sent, new_pages, num_logits)
-        return Slice(
-            seq_id=sequence.seq_id,
-            start=start,
-            tokens=tokens + window.tokens,
-            positions=(*range(start, known), *(known + depth for depth in window.depths)),
-            first_new_page=sent,
-            new_pages=new_pages,
-            num_logits=num_logits,
-            num_window=num_window,
-            visibility=window.visibility,
-            ancestors=window.ancestors,
-        )
+
+def make_slice(sequence: Sequence, share: int) -> Slice:
+    """The next `share` tokens, for which the sequence holds pages."""
+    start, end = sequence.num_computed, sequence.num_computed + share
+    known = len(sequence.tokens)
+    window = sequence.window
+    num_window = max(0, end - known)
+    assert num_window in (0, len(window.tokens)), "a window is computed whole or not at all"
+    num_logits = 0 if end < known else min(share, 1 + num_window)
+    if sequence.wants_prompt_logits:
+        num_logits = max(num_logits, end - max(start, sequence.num_reached))
+    sent = sequence.num_pages_sent
+    sequence.num_pages_sent = len(sequence.pages)
+    new_pages = tuple(sequence.pages[sent:])
+    tokens = tuple(sequence.tokens[start:end])
+    if not num_window:
+        return Slice(sequence.seq_id, start, tokens, range(start, end), sent, new_pages, num_logits)
+    return Slice(
+        seq_id=sequence.seq_id,
+        start=start,
+        tokens=tokens + window.tokens,
+        positions=(*range(start, known), *(known + depth for depth in window.depths)),
+        first_new_page=sent,
+        new_pages=new_pages,
+        num_logits=num_logits,
+        num_window=num_window,
+        visibility=window.visibility,
+        ancestors=window.ancestors,
+    )
 
 
 def _portion(sequence: Sequence, room: int) -> int:

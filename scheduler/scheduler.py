@@ -2,7 +2,7 @@
 
 It knows no decoding mode and no device. One thread calls it, in this cycle:
 
-    add, abort ...  ->  expire()  ->  plan()  ->  (the engine computes)  ->  apply()
+    add, abort, copied ...  ->  expire()  ->  plan()  ->  (the engine computes)  ->  apply()
 
 Every choice of an accepted request gets exactly one `Progress` with a `finish`, from whichever call
 ends it.
@@ -13,38 +13,64 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scheduler.agenda import Agenda
+from scheduler.backlog import CHARITY, Backlog
 from scheduler.choices import Choices, commit, finish_at_once, max_tokens_of
+from scheduler.costs import CostModel
+from scheduler.lengths import Lengths
 from scheduler.page_tables import PageTables
 from scheduler.pages import PagePool
 from scheduler.places import Places
-from scheduler.plan import Advance, Progress, SchedulerStats, Slice, StepPlan
+from scheduler.plan import Advance, Copied, Progress, SchedulerStats, Slice, StepPlan
 from scheduler.planning import Planner
 from scheduler.policies import make_policy
 from scheduler.prefix import root_key
 from scheduler.refusal import RefusalReason, RequestRefused
+from scheduler.sharing import shared_pages
+from scheduler.tenants import Tenants, parse_weights
+from scheduler.tiers import Tiers
 from scheduler.types import FinishReason, Request, Sequence, Visibility
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from scheduler.clock import Clock
     from scheduler.config import SchedulerConfig
 
 __all__ = ["RefusalReason", "RequestRefused", "Scheduler"]
 
+_COPYING_SHARE = 8  # at most 1 / 8 of the pages are held by copies in flight
+_LEARNT_FROM = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.DEADLINE)
+
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, clock: Clock, max_model_len: int) -> None:
-        """Raises ValueError for an unknown policy. `config.num_pages` must be known by now."""
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        clock: Clock,
+        max_model_len: int,
+        costs: CostModel | None = None,
+        lengths: Lengths | None = None,
+        disk_index: Mapping[bytes, int] | None = None,
+    ) -> None:
+        """Raises ValueError for an unknown policy or a wrong weight. `config.num_pages` must be known by
+        now. `disk_index`: what the disk file holds already, by content key."""
         assert config.num_pages > 0, "num_pages is not derived yet"
         self.config = config
         self.max_model_len = max_model_len
+        self.costs = costs or CostModel()
+        self.lengths = lengths or Lengths()
         self._clock = clock
-        self._policy = make_policy(config)
+        self._policy = make_policy(config, self.costs, clock, self.lengths)
         self._pool = PagePool(config.num_pages)
-        self._tables = PageTables(self._pool, config.page_size)
-        self._places = Places(self._policy, self._tables, config.max_num_seqs)
-        self._planner = Planner(self._places, config.max_num_batched_tokens)
+        in_flight = max(1, min(config.max_copies_in_flight, config.num_pages // _COPYING_SHARE))
+        self._tiers = Tiers(self._pool, config.host_pages, config.disk_pages, in_flight, disk_index)
+        self._tables = PageTables(self._pool, self._tiers, config.page_size)
+        self._tenants = Tenants(parse_weights(config.tenant_weights), config.max_tenant_running)
+        self._places = Places(
+            self._policy, self._tables, self._tenants, clock, config.max_num_seqs, config.max_pause_s
+        )
+        self._planner = Planner(self._places, config, self.costs)
+        self._backlog = Backlog(self.costs, config, self.lengths)
         self._requests: dict[str, Choices] = {}
         self._sequences: dict[int, Sequence] = {}
         self._unserved: set[str] = set()  # requests of which nothing was ever computed
@@ -62,6 +88,8 @@ class Scheduler:
         self._refuse_unfit(request)
         self._refuse_unwelcome(request)
         choices = self._make_choices(request)
+        self._refuse_too_late(choices.leader)
+        self._next_seq_id += request.num_choices
         self._requests[request.request_id] = choices
         self._unserved.add(request.request_id)
         if request.deadline_s is not None:
@@ -69,12 +97,19 @@ class Scheduler:
         ended = []
         for sequence in choices.live.values():
             self._sequences[sequence.seq_id] = sequence
+            self._tenants.enter(request.tenant)
             finish = finish_at_once(sequence, max_tokens_of(request, self.max_model_len))
             if finish is not None:
                 ended.append((sequence, finish))
             elif sequence is choices.leader:
-                self._places.join(sequence)
+                self._join(sequence)
         self._ended_at_once += [self._end(sequence, finish) for sequence, finish in ended]
+
+    def copied(self, copied: Iterable[Copied]) -> None:
+        """Copies of earlier plans have ended."""
+        for copy in copied:
+            for seq_id in self._tiers.ended(copy):
+                self._places.unpark(seq_id)
 
     def abort(self, request_id: str, index: int | None = None) -> tuple[Progress, ...]:
         """End one choice of a request, or all of them. What is not alive is ignored."""
@@ -98,14 +133,17 @@ class Scheduler:
     # The step
 
     def plan(self) -> StepPlan:
-        """Decide one step. Without slices there is nothing to compute, and `apply` may be skipped."""
+        """Decide one step. Without slices there is nothing to compute, and `apply` may be skipped; then
+        everything that is alive waits for copies in flight, or there is nothing."""
         assert self._in_flight is None, "the last plan was not applied"
         slices = self._planner.slices()
         self._note_first_service(slices)
-        preempted = tuple(self._places.set_aside_ids)
-        self._places.set_aside_ids.clear()
+        preempted = tuple(self._places.preempted)
+        self._places.preempted.clear()
         self._num_steps += 1
-        plan = StepPlan(self._num_steps, tuple(slices), preempted)
+        computing = [(self._sequences[piece.seq_id], piece.start) for piece in slices]
+        shared = shared_pages(self._tables, computing, self.config.min_shared_tokens)
+        plan = StepPlan(self._num_steps, tuple(slices), preempted, self._tiers.take_copies(), shared)
         self._in_flight = plan if slices else None
         return plan
 
@@ -133,26 +171,33 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether another step, or a call of `expire`, would bring news."""
-        return bool(self._sequences or self._ended_at_once)
+        """Whether another step, or a call of `expire` or `copied`, would bring news."""
+        return bool(self._sequences or self._ended_at_once or self._tiers.in_flight)
 
     def stats(self) -> SchedulerStats:
-        places = self._places
-        running_by_level = [0] * self._policy.num_levels
-        for sequence in places.running.values():
-            running_by_level[sequence.level] += 1
+        places, pool, tiers = self._places, self._pool, self._tiers
         return SchedulerStats(
             num_running=len(places.running),
             num_waiting=len(self._sequences) - len(places.running),
-            num_pages=self._pool.num_pages,
-            num_pages_held=self._pool.num_held,
-            num_pages_cached=len(self._pool.cached),
+            num_parked=len(places.parked),
+            num_pages=pool.num_pages,
+            num_pages_held=pool.num_held,
+            num_pages_cached=len(pool.cached),
             prefix_query_tokens=places.query_tokens,
             prefix_hit_tokens=places.hit_tokens,
-            num_preemptions=places.num_preemptions,
+            num_preempted_for_places=places.num_preempted["place"],
+            num_preempted_for_pages=places.num_preempted["pages"],
+            num_resumed_kept=places.num_resumed["kept"],
+            num_resumed_fetched=places.num_resumed["fetched"],
+            num_resumed_recomputed=places.num_resumed["recomputed"],
             recomputed_tokens=self._recomputed_tokens,
-            running_by_level=tuple(running_by_level),
-            waiting_by_level=tuple(places.waiting_by_level),
+            num_pages_up=tiers.num_up,
+            num_overdue=places.num_overdue,
+            longest_pause_s=places.longest_pause_s,
+            backlog_s=self._backlog.total_s,
+            head_start_gamma=self._policy.gamma,
+            levels=places.counts.stats(places.waiting.by_level(), places.running.values()),
+            tiers=(tiers.host.stats(), tiers.disk.stats()) if tiers.enabled else (),
         )
 
     # Accepting
@@ -173,32 +218,59 @@ class Scheduler:
             raise RequestRefused(RefusalReason.MEMORY, message, longest, capacity)
 
     def _refuse_unwelcome(self, request: Request) -> None:
-        """What cannot be served now. A continued stream was accepted before, so it is not counted."""
+        """What cannot be served now. What an earlier engine process accepted is accepted."""
         if request.request_id in self._requests:
             raise RequestRefused(RefusalReason.DUPLICATE, f"request id {request.request_id!r} is in use")
         free_places = self.config.max_num_seqs - len(self._places.running)
         limit = self.config.max_queued_requests + free_places
-        if len(self._unserved) >= limit and not any(request.delivered):
+        if len(self._unserved) >= limit and not request.readmitted:
             message = f"{len(self._unserved)} requests wait, the most that may (max_queued_requests)"
-            raise RequestRefused(RefusalReason.QUEUE_FULL, message, len(self._unserved) + 1, limit)
+            wait_s = self._backlog.total_s / max(1, len(self._unserved))
+            raise RequestRefused(RefusalReason.QUEUE_FULL, message, len(self._unserved) + 1, limit, wait_s)
+
+    def _refuse_too_late(self, sequence: Sequence) -> None:
+        """A deadline that cannot be met, by what is known of costs and lengths. The estimate favours the
+        newcomer: little output, and only those waited for who surely precede it."""
+        deadline_s = sequence.request.deadline_s
+        if deadline_s is None or sequence.request.readmitted:
+            return
+        sequence.num_found = len(self._tables.find(sequence)) * self.config.page_size
+        sequence.level = self._policy.level(sequence)
+        left_s = deadline_s - self._clock()
+        wait_s = self._backlog.ahead_s(sequence.level)
+        needed_s = wait_s + self._backlog.alone_s(sequence, CHARITY)
+        if needed_s > left_s:
+            message = f"the request would take {needed_s:.2f} s, and its deadline is in {left_s:.2f} s"
+            raise RequestRefused(RefusalReason.DEADLINE, message, needed_s, left_s, wait_s)
 
     def _make_choices(self, request: Request) -> Choices:
         number = self._next_seq_id
-        self._next_seq_id += request.num_choices
         private_to = None if self.config.prefix_cache else number
         root = root_key(Visibility.CAUSAL, request.cache_salt, private_to)
         live = {}
         for index in range(request.num_choices):
             delivered = request.delivered[index] if index < len(request.delivered) else ()
             tokens = [*request.prompt_ids, *delivered]
-            live[index] = Sequence(number + index, request, index, tokens, root_key=root)
+            live[index] = Sequence(
+                number + index,
+                request,
+                index,
+                tokens,
+                max_output=max_tokens_of(request, self.max_model_len) - len(request.prompt_ids),
+                root_key=root,
+                num_known=len(tokens),
+            )
         leader, *others = live.values()
         return Choices(request, number, live, held_back=others, leader=leader)
 
     def _join_held_back(self, choices: Choices) -> None:
         for sequence in choices.held_back:
-            self._places.join(sequence)
+            self._join(sequence)
         choices.held_back.clear()
+
+    def _join(self, sequence: Sequence) -> None:
+        self._places.join(sequence)
+        self._backlog.add(sequence)
 
     # Advancing
 
@@ -252,7 +324,20 @@ class Scheduler:
         reached = sequence.num_reached
         self._recomputed_tokens += max(0, min(reached, end) - start)
         sequence.num_reached = max(reached, sequence.num_computed)
-        self._policy.charge(sequence, max(0, end - max(start, reached)))
+        self._places.unpark_behind(sequence, sequence.num_computed)
+        self._charge(sequence, max(start, reached), end)
+
+    def _charge(self, sequence: Sequence, start: int, end: int) -> None:
+        """Attribute the service of tokens that were computed for the first time: what a preemption makes a
+        sequence compute again is not its fault."""
+        if end <= start:
+            return
+        seconds = self.costs.slice(start, end - start) + self.costs.step_s / self.config.max_num_seqs
+        sequence.attained_s += seconds
+        self._tenants.charge(sequence.request.tenant, seconds)
+        if sequence.num_output >= sequence.next_change or sequence.num_left:
+            self._places.relevel(sequence)
+        self._backlog.served(sequence, seconds)
 
     def _unfit_window(self, sequence: Sequence) -> str | None:
         """What to say of a window that the pool cannot hold even when the sequence is alone."""
@@ -275,13 +360,19 @@ class Scheduler:
         """The only way out: every holder of the sequence's state lets go of it."""
         choices = self._requests[sequence.request.request_id]
         self._places.leave(sequence)
+        self._backlog.remove(sequence)
+        self._tenants.leave(sequence.request.tenant)
+        if finish in _LEARNT_FROM:
+            natural = finish is FinishReason.STOP
+            self.lengths.observe(sequence.tenant, sequence.prompt_len, sequence.num_output, natural)
+            self._policy.learn(sequence, natural)
         del self._sequences[sequence.seq_id]
         del choices.live[sequence.index]
         if sequence in choices.held_back:
             choices.held_back.remove(sequence)
         if sequence is choices.leader and choices.held_back:
             choices.leader = choices.held_back.pop(0)
-            self._places.join(choices.leader)
+            self._join(choices.leader)
         if not choices.live:
             del self._requests[sequence.request.request_id]
             self._unserved.discard(sequence.request.request_id)

@@ -1,9 +1,10 @@
 """Seeded simulations of whole workloads: `python -m scheduler.simulate --seeds 10000`.
 
 One seed makes one small world: a configuration (often too few pages, places or tokens), requests
-that share prefixes, arrive, fail, expire and are aborted at random, and a runner that commits 0..n
-tokens a step. After every step the checker recomputes all invariants. At the end every accepted
-choice must have had its exact text and one end, and nothing may be left anywhere.
+that share prefixes, arrive, fail, expire and are aborted at random, a runner that commits 0..n tokens a
+step, and copies between tiers that are slow or fail. Steps fail, the clock jumps, the engine dies and
+its requests are replayed on a new one. After every step the checker recomputes all invariants. At the
+end every accepted choice must have had its exact text and one end, and nothing may be left anywhere.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from scheduler.clock import ManualClock
-from scheduler.config import POLICIES, SchedulerConfig
+from scheduler.config import POLICIES, VICTIMS, SchedulerConfig
+from scheduler.costs import CostModel
 from scheduler.fake_runner import METHODS, VOCABULARY, FakeRunner, true_output
+from scheduler.fake_tiers import FakeTiers
 from scheduler.invariants import check, check_decisions, check_empty
+from scheduler.plan import Advance, Tier
 from scheduler.refusal import RequestRefused
 from scheduler.scheduler import Scheduler
 from scheduler.types import FinishReason, Request, SamplingParams
@@ -25,7 +30,7 @@ from scheduler.types import FinishReason, Request, SamplingParams
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from scheduler.plan import Progress
+    from scheduler.plan import Progress, StepPlan
 
 MAX_MODEL_LEN = 48
 
@@ -35,11 +40,20 @@ class Report:
     """What one simulation went through."""
 
     num_steps: int
-    num_preemptions: int
-    hit_tokens: int
-    recomputed_tokens: int
+    totals: dict[str, int]
     finishes: frozenset[FinishReason]
-    num_refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong in one world. Chances are per step or per copy; steps are counted from 1."""
+
+    aborts: float
+    failing_copies: float
+    slow_copies: float
+    clock_jumps: float
+    failing_steps: frozenset[int]
+    dying_steps: frozenset[int]
 
 
 @dataclass(slots=True)
@@ -64,53 +78,110 @@ class Simulation:
         self._clock = ManualClock(self._rng.uniform(0.0, 100.0))
         drawn = self._rng.choice(POLICIES)
         self._config = draw_config(self._rng, policy or drawn)
-        self._scheduler = Scheduler(self._config, self._clock, MAX_MODEL_LEN)
+        self._costs = draw_costs(self._rng)
+        self._faults = draw_faults(self._rng)
         self._failing: set[tuple[str, int]] = set()
-        self._runner = FakeRunner(self._scheduler, self._rng, self._failing)
         self._ledger = _Ledger()
+        self._prompt_logits: dict[tuple[str, int], list[int]] = {}
+        self._start_engine({}, {})
         self._arrivals = draw_requests(self._rng, self._clock())
-        self._abort_chance = self._rng.choice((0.0, 0.02, 0.1))
-        self._num_refused = 0
+        self._totals = Counter[str]()
         for request in self._arrivals:
             if self._rng.random() < 0.05:
                 self._failing.add((request.request_id, self._rng.randrange(request.num_choices)))
 
+    def _start_engine(self, disk_index: dict[bytes, int], disk: dict[tuple[Tier, int], list[int]]) -> None:
+        """A new engine process: what lies on the disk is all that it knows."""
+        config, faults = self._config, self._faults
+        self._scheduler = Scheduler(config, self._clock, MAX_MODEL_LEN, self._costs, disk_index=disk_index)
+        self._tiers = FakeTiers(
+            self._rng, config.num_pages, config.page_size, faults.failing_copies, faults.slow_copies
+        )
+        self._tiers.pages.update(disk)
+        self._runner = FakeRunner(self._scheduler, self._rng, self._failing, self._tiers)
+        self._prompt_logits = self._runner.prompt_logits
+
     def run(self) -> Report:
         """Run to the end. Raises AssertionError when anything is not as it must be."""
         choices = sum(request.num_choices for request in self._arrivals)
-        max_steps = 200 + 40 * choices * MAX_MODEL_LEN
+        max_steps = 400 + 100 * choices * MAX_MODEL_LEN
         num_steps = 0
         while self._arrivals or self._scheduler.has_work:
-            self._step()
             num_steps += 1
+            self._step(num_steps)
             assert num_steps <= max_steps, f"no end after {num_steps} steps: a livelock"
         check_empty(self._scheduler)
         self._check_ledger()
-        stats = self._scheduler.stats()
-        return Report(
-            num_steps=num_steps,
-            num_preemptions=stats.num_preemptions,
-            hit_tokens=stats.prefix_hit_tokens,
-            recomputed_tokens=stats.recomputed_tokens,
-            finishes=frozenset(self._ledger.finishes.values()),
-            num_refused=self._num_refused,
-        )
+        self._count_engine()
+        return Report(num_steps, dict(self._totals), frozenset(self._ledger.finishes.values()))
 
-    def _step(self) -> None:
+    def _step(self, number: int) -> None:
         scheduler = self._scheduler
         self._clock.advance(self._rng.expovariate(20.0))
+        if self._rng.random() < self._faults.clock_jumps:
+            self._clock.advance(self._rng.uniform(1.0, 100.0))
         self._let_arrive()
         self._maybe_abort()
+        scheduler.copied(self._tiers.finished())
         self._receive(scheduler.expire())
         running = set(scheduler._places.running)
-        waiting = {piece.seq_id for _, piece in scheduler._places.waiting.entries()}
+        waiting = {piece.seq_id for piece in scheduler._places.waiting}
         plan = scheduler.plan()
-        assert plan.slices or not scheduler._sequences, "sequences are alive, and none computes"
+        idle = not scheduler._sequences or scheduler._tiers.in_flight
+        assert plan.slices or idle, "sequences are alive, and none computes"
         check_decisions(scheduler, plan, running, waiting)
-        advances = self._runner.execute(plan)
+        self._totals["shared"] += len(plan.shared)
+        self._tiers.start(plan.copies)
+        if number in self._faults.dying_steps and self._rng.random() < 0.5:
+            self._die()
+            return
+        advances = self._execute(plan, number)
         self._maybe_abort()
-        self._receive(scheduler.apply(plan, advances))
+        progress = scheduler.apply(plan, advances)
         check(scheduler)
+        if number in self._faults.dying_steps:
+            self._die()  # before anybody heard of the step
+            return
+        self._receive(progress)
+
+    def _execute(self, plan: StepPlan, number: int) -> list[Advance]:
+        """The k-th step may fail as a whole: then all of its sequences do, as in the engine."""
+        if number not in self._faults.failing_steps:
+            return self._runner.execute(plan)
+        sequences = [self._scheduler.sequence(piece.seq_id) for piece in plan.slices]
+        self._failing.update((piece.request.request_id, piece.index) for piece in sequences)
+        return [Advance(piece.seq_id, (), 0, error="the step failed") for piece in plan.slices]
+
+    def _die(self) -> None:
+        """The engine process is gone. A new one gets every request in flight, with what was delivered,
+        as the client's journal replays it."""
+        self._totals["deaths"] += 1
+        self._count_engine()
+        index = dict(self._scheduler._tiers.disk.page_of)
+        self._start_engine(index, self._tiers.disk())
+        for request in self._ledger.requests.values():
+            choices = [(request.request_id, index) for index in range(request.num_choices)]
+            if all(choice in self._ledger.finishes for choice in choices):
+                continue
+            delivered = tuple(tuple(self._ledger.outputs[choice]) for choice in choices)
+            self._scheduler.add(replace(request, delivered=delivered, readmitted=True))
+            for choice in choices:
+                if choice in self._ledger.finishes or choice in self._ledger.aborted:
+                    self._receive(self._scheduler.abort(*choice))
+        check(self._scheduler)
+
+    def _count_engine(self) -> None:
+        stats = self._scheduler.stats()
+        self._totals.update(
+            preemptions=stats.num_preemptions,
+            hits=stats.prefix_hit_tokens,
+            recomputed=stats.recomputed_tokens,
+            fetched=stats.num_pages_up,
+            down=sum(tier.num_in for tier in stats.tiers),
+            overdue=stats.num_overdue,
+            kept=stats.num_resumed_kept,
+            parked=self._scheduler._places.num_parked,
+        )
 
     def _let_arrive(self) -> None:
         if not self._scheduler.has_work and self._arrivals:
@@ -119,14 +190,14 @@ class Simulation:
             request = self._arrivals.pop(0)
             try:
                 self._scheduler.add(request)
-            except RequestRefused:
-                self._num_refused += 1
+            except RequestRefused as refusal:
+                self._totals[f"refused: {refusal.reason}"] += 1
             else:
                 self._ledger.accept(request)
                 check(self._scheduler)
 
     def _maybe_abort(self) -> None:
-        if not self._ledger.requests or self._rng.random() >= self._abort_chance:
+        if not self._ledger.requests or self._rng.random() >= self._faults.aborts:
             return
         request = self._rng.choice(list(self._ledger.requests.values()))
         index = self._rng.choice((None, self._rng.randrange(request.num_choices + 1)))
@@ -139,6 +210,9 @@ class Simulation:
     def _receive(self, progress: Iterable[Progress]) -> None:
         for news in progress:
             choice = (news.request_id, news.index)
+            if choice in self._ledger.finishes and news.finish is not None and self._totals["deaths"]:
+                self._runner.forget(news.seq_id)
+                continue  # it ended for its client before the engine died
             assert choice not in self._ledger.finishes, f"news of {choice} after its end"
             assert news.tokens or news.finish, "news without any"
             output = self._ledger.outputs[choice]
@@ -170,7 +244,9 @@ class Simulation:
 
     def _check_prompt_logits(self, request: Request, index: int) -> None:
         if index == 0 and request.sampling.prompt_logprobs is not None and not any(request.delivered):
-            reported = self._runner.prompt_logits.get((request.request_id, 0), [])
+            if self._totals["deaths"]:
+                return  # a new engine reports them from the beginning; the client drops what it knows
+            reported = self._prompt_logits.get((request.request_id, 0), [])
             assert reported == list(range(len(request.prompt_ids) - 1)), "prompt logits are not complete"
 
     def _check_ledger(self) -> None:
@@ -182,17 +258,51 @@ class Simulation:
 def draw_config(rng: random.Random, policy: str) -> SchedulerConfig:
     page_size = rng.choice((1, 2, 4, 8))
     least = -(-MAX_MODEL_LEN // page_size)
+    host_pages = rng.choice((0, 0, least // 2, least * 4))
     return SchedulerConfig(
         policy=policy,
         page_size=page_size,
         num_pages=rng.choice((least * 3 // 4, least, least * 3 // 2, least * 6)),
+        host_pages=host_pages,
+        disk_pages=rng.choice((0, least, least * 8)) if host_pages else 0,
         max_num_seqs=rng.choice((1, 2, 3, 8)),
         max_num_batched_tokens=rng.choice((1, 3, 8, 16, 64)),
         max_queued_requests=rng.choice((2, 100)),
         prefix_cache=rng.random() < 0.8,
-        mlfq_quantum_s=rng.choice((0.01, 0.03)),
-        mlfq_levels=rng.choice((1, 3, 6)),
-        mlfq_max_head_start_s=rng.choice((0.05, 0.5, 10.0)),
+        head_start_gamma=rng.choice((0.0, 0.3, 10.0)),
+        max_head_start_s=rng.choice((0.05, 0.5, 10.0)),
+        max_pause_s=rng.choice((0.0, 0.3, 100.0)),
+        victims=rng.choice(VICTIMS),
+        reserve_share=rng.choice((0.0, 0.1)),
+        max_copies_in_flight=rng.choice((1, 4, 256)),
+        min_shared_tokens=rng.choice((1, 8)),
+        tenant_weights=rng.choice(((), ("a=3",))),
+        max_tenant_running=rng.choice((0, 0, 1, 2)),
+        static_quantum_s=rng.choice((0.01, 0.03)),
+        static_levels=rng.choice((1, 3, 6)),
+        static_max_head_start_s=rng.choice((0.05, 0.5, 10.0)),
+    )
+
+
+def draw_costs(rng: random.Random) -> CostModel:
+    return CostModel(
+        step_s=rng.choice((0.0, 0.02)),
+        slice_s=0.001,
+        token_s=rng.choice((0.0001, 0.003)),
+        pair_s=1e-6,
+        host_page_s=rng.choice((0.0, 1e-4, 0.1)),
+        disk_page_s=rng.choice((1e-4, 0.1)),
+    )
+
+
+def draw_faults(rng: random.Random) -> Faults:
+    return Faults(
+        aborts=rng.choice((0.0, 0.02, 0.1)),
+        failing_copies=rng.choice((0.0, 0.3)),
+        slow_copies=rng.choice((0.1, 0.8)),
+        clock_jumps=rng.choice((0.0, 0.0, 0.02)),
+        failing_steps=frozenset([rng.randint(1, 40)] if rng.random() < 0.1 else []),
+        dying_steps=frozenset(rng.sample(range(1, 60), rng.choice((1, 3))) if rng.random() < 0.2 else []),
     )
 
 
@@ -223,6 +333,8 @@ def draw_request(rng: random.Random, number: int, now_s: float, stem: tuple[int,
         num_choices=rng.choice((1, 1, 1, 2, 4)),
         arrival_s=now_s,
         deadline_s=now_s + rng.expovariate(0.5) if rng.random() < 0.15 else None,
+        priority=rng.choice((0, 0, -1, 5)),
+        tenant=rng.choice(("", "", "a", "b")),
         cache_salt=rng.choice(("", "", "other")),
         method=rng.choice(METHODS),
     )
@@ -255,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\nseed {seed}: {type(error).__name__}: {error}", file=sys.stderr)
             print(f"replay: python -m scheduler.simulate --seed {seed}{policy}", file=sys.stderr)
             return 1
-        if seed % 50 == 49 or seed + 1 == options.seeds:
+        if seed % 250 == 249 or seed + 1 == options.seeds:
             print(f"\r{seed + 1}/{options.seeds} seeds", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return 0

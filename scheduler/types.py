@@ -66,10 +66,12 @@ class Request:
     cache_salt: str = ""  # sequences share pages only under equal salts
     method: str = "autoregressive"  # decoding method, by name
     delivered: tuple[tuple[int, ...], ...] = ()
+    readmitted: bool = False  # accepted by an earlier engine process: load is no reason to refuse it
 
 
 class SequenceState(enum.Enum):
     WAITING = "waiting"  # holds no pages (its old ones may still be found by content)
+    PARKED = "parked"  # waits, not for its turn but for pages that are being computed or fetched
     RUNNING = "running"  # holds pages; may be given a slice in any step
     FINISHED = "finished"
 
@@ -120,11 +122,19 @@ class Sequence:
     first_scheduled_s: float | None = None
     num_preemptions: int = 0
     attained_s: float = 0.0  # service attributed to it so far
+    backlog_s: float = 0.0  # service it is expected to need still
     level: int = 0  # the policy's queue
+    next_change: float = 0.0  # the number of output tokens from which its level may be another
+    max_output: int = 0
     root_key: bytes = b""  # what the keys of its pages start from
+    num_known: int = 0  # tokens it came with: its prompt, and what was delivered before
+    num_found: int = 0  # leading tokens that were found computed when it was last looked at
     num_reached: int = 0  # the most leading tokens ever computed; a preemption does not lower it
     num_findable: int = 0  # leading computed tokens whose KV others may share
     num_pages_sent: int = 0  # leading pages that some plan has told the engine of
+    waiting_since_s: float = 0.0  # when it came into the queue last
+    fetched_after: int = -1  # pages that were found when more were last fetched for it, since it last ran
+    is_overdue: bool = False  # it was put aside for too long: it goes before all that were not
 
     @property
     def prompt_len(self) -> int:
@@ -133,6 +143,23 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens it came with that were never computed for it, and were not found computed."""
+        return max(0, self.num_known - max(self.num_reached, self.num_found))
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def arrival_s(self) -> float:
+        return self.request.arrival_s
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,87 @@
+"""The interface of an order of service.
+
+Every policy is a multi-level queue: a sequence has a level, within a level the earliest arrival is first,
+and `key` says which of the levels' first ones goes first. A level changes only when the sequence is
+served; the key of a level may change at any time (a ratio that grows with waiting, a knob that adapts).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Work(Protocol):
+    """What a policy may know of a sequence."""
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def arrival_s(self) -> float: ...
+
+    @property
+    def prompt_len(self) -> int: ...
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens committed so far."""
+        ...
+
+    @property
+    def max_output(self) -> int:
+        """The most output tokens that it may have."""
+        ...
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that were never computed for it: its prefill. 0 once it only decodes. What a
+        preemption makes it compute again does not count: that is not its fault."""
+        ...
+
+    @property
+    def attained_s(self) -> float:
+        """Service attributed to it so far."""
+        ...
+
+    @property
+    def level(self) -> int:
+        """Where it is now; 0 before it was placed."""
+        ...
+
+
+class Policy(Protocol):
+    @property
+    def preemptive(self) -> bool:
+        """Whether a waiting sequence may take the place or the pages of a running one it precedes."""
+        ...
+
+    @property
+    def max_head_start_s(self) -> float:
+        """Nobody is overtaken by someone of the same tenant who arrived later by more than this."""
+        ...
+
+    @property
+    def gamma(self) -> float:
+        """Per second, where the policy weighs waiting against size; else 0."""
+        ...
+
+    def level(self, work: Work) -> int:
+        """Where the sequence belongs now. The lower, the sooner it is served."""
+        ...
+
+    def next_change(self, work: Work) -> float:
+        """For a sequence that only decodes: the `num_output` from which its level may be another
+        (more than it has now; infinity if never). Until then nobody needs to ask."""
+        ...
+
+    def key(self, level: int, arrival_s: float) -> float:
+        """Smaller goes first. Within a level it grows with `arrival_s`."""
+        ...
+
+    def learn(self, work: Work, natural: bool) -> None:
+        """A sequence ended. `natural`: its model ended it; else it was cut (a limit, an abort), and
+        would have been longer."""
+        ...

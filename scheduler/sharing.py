@@ -1,0 +1,90 @@
+"""Common prefixes: who waits for whom to compute one, and which slices of a step share one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scheduler.plan import SharedPages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from scheduler.page_tables import PageTables
+    from scheduler.types import Sequence
+
+
+class Frontier:
+    """The pages that running sequences compute next, by the keys that they will have.
+
+    What runs before a page of it is findable, so who finds everything up to such a page and wants that
+    page too shares all before it, and may wait for the rest.
+    """
+
+    def __init__(self, tables: PageTables, running: Iterable[Sequence]) -> None:
+        self._tables = tables
+        self._computing: dict[bytes, Sequence] = {}
+        for sequence in running:
+            self.add(sequence)
+
+    def add(self, sequence: Sequence) -> None:
+        """A running sequence; one without a whole known page to compute is ignored."""
+        number = sequence.num_computed // self._tables.page_size
+        whole = (number + 1) * self._tables.page_size
+        if (
+            whole <= min(sequence.num_known, len(sequence.tokens))
+            and sequence.num_findable == sequence.num_computed
+        ):
+            self._computing.setdefault(self._tables.key(sequence, number), sequence)
+
+    def computing_for(
+        self, sequence: Sequence, num_found: int, min_tokens: int
+    ) -> tuple[Sequence, int] | None:
+        """Who computes the page after the `num_found` found ones, and up to which token both are the
+        same; None if that would save fewer than `min_tokens`."""
+        if not self._computing or num_found >= self._tables.num_shareable(sequence):
+            return None
+        other = self._computing.get(self._tables.key(sequence, num_found))
+        if other is None:
+            return None
+        size = self._tables.page_size
+        last = min(self._tables.num_shareable(sequence), other.num_known // size)
+        end = num_found + 1
+        while (
+            end < last
+            and sequence.tokens[end * size : end * size + size]
+            == (other.tokens[end * size : end * size + size])
+        ):
+            end += 1
+        return (other, end * size) if (end - num_found) * size >= min_tokens else None
+
+
+def shared_pages(
+    tables: PageTables, sequences: Iterable[tuple[Sequence, int]], min_tokens: int
+) -> tuple[SharedPages, ...]:
+    """Groups of two or more with the same leading pages, as many as hold `min_tokens`. `sequences`:
+    who computes in the step, and how many of its tokens were computed before."""
+    least = -(-min_tokens // tables.page_size)  # the pages that all of a group have at least
+    references = tables.pool.references
+    groups: dict[tuple[int, ...], list[tuple[Sequence, int]]] = {}
+    for sequence, num_computed in sequences:
+        full_pages = num_computed // tables.page_size
+        if full_pages >= least and references[sequence.pages[least - 1]] > 1:
+            groups.setdefault(tuple(sequence.pages[:least]), []).append((sequence, full_pages))
+    return tuple(
+        SharedPages(_common(members, least), tuple(sequence.seq_id for sequence, _ in members))
+        for members in groups.values()
+        if len(members) > 1
+    )
+
+
+def _common(members: list[tuple[Sequence, int]], known: int) -> int:
+    """How many leading pages all have, of which `known` are known to be."""
+    low, high = known, min(full_pages for _, full_pages in members)
+    first = members[0][0].pages
+    while low < high:
+        middle = (low + high + 1) // 2
+        if all(sequence.pages[low:middle] == first[low:middle] for sequence, _ in members):
+            low = middle
+        else:
+            high = middle - 1
+    return low
