@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import threading
@@ -215,6 +216,14 @@ def test_the_file_descriptor_says_when_there_is_news(build):
     begun = time.perf_counter()
     copier.wait(10)  # for nothing
     assert time.perf_counter() - begun < 5
+
+
+def test_the_copy_thread_yields_to_those_who_compute(build):
+    copier = build()
+    copier.start([out(1, 0, 0)])
+    all_ended(copier)
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert os.getpriority(os.PRIO_PROCESS, copier._thread.native_id) > mine
 
 
 def test_close_drops_what_has_not_begun_and_gives_the_file_free(storage, host, disk):
