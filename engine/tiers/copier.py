@@ -8,6 +8,7 @@ import os
 import queue
 import select
 import threading
+from contextlib import suppress
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -205,7 +206,8 @@ class Copier:
 def _yield_to_others(niceness: int) -> None:
     """Lower the priority of the calling thread; Linux has one for each."""
     thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
+    with suppress(OSError):  # a sandbox may forbid it; copies work without
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + niceness)
 
 
 def _groups(copies: Sequence[Copy], limit: int) -> Iterator[tuple[Copy, ...]]:
