@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from dataclasses import dataclass, replace
@@ -15,15 +16,24 @@ from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
 from engine.kv_storage import KVStorage
+from engine.measured_costs import MEASURE, measured_costs
 from engine.messages import Phase, Ready
 from engine.models.transformer import Transformer
 from engine.runner import Runner
+from engine.state import LengthsFile, state_folder
+from engine.tiers.copier import Copier
+from engine.tiers.disk import open_disk_file
+from engine.tiers.host import HostPool
+from engine.tiers.identity import kv_identity
+from engine.tiers.measure import measure_copies
 from engine.weights.loader import load_weights
+from scheduler.machine import MachineError
 from scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from scheduler.config import SchedulerConfig
+    from scheduler.costs import CostModel
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
 GPU_MEMORY_SHARE = 0.8
@@ -37,6 +47,7 @@ class EngineConfigError(Exception):
 class BuiltEngine:
     core: EngineCore
     ready: Ready
+    lengths: LengthsFile
 
 
 class _Stopwatch:
@@ -70,10 +81,14 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     # An explicit number of pages may hold less than the model's context: then that is the context.
     max_model_len = min(max_model_len, settings.num_pages * settings.page_size)
     storage = KVStorage(shape, settings.num_pages, settings.page_size, dtype, device)
-    scheduler = Scheduler(settings, time.monotonic, max_model_len)
+    settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
-    core = EngineCore(scheduler, Runner(model, storage, batches, scheduler), shape.vocab_size)
     watch.lap("lay out pages")
+    costs = _costs(config, settings, checkpoint, model, storage, batches, copier)
+    watch.lap("measure costs")
+    lengths = LengthsFile(state_folder(config), kv_identity(checkpoint, dtype, device, settings.page_size))
+    scheduler = Scheduler(settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index)
+    core = EngineCore(scheduler, Runner(model, storage, batches, scheduler), shape.vocab_size, copier)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
@@ -83,8 +98,69 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         phases=(*phases, *watch.phases),
+        host_pages=settings.host_pages,
+        disk_pages=settings.disk_pages,
+        costs=costs,
     )
-    return BuiltEngine(core, ready)
+    return BuiltEngine(core, ready, lengths)
+
+
+def _lower_tiers(
+    config: EngineConfig, settings: SchedulerConfig, storage: KVStorage, checkpoint: Checkpoint
+) -> tuple[SchedulerConfig, Copier | None, dict[bytes, int]]:
+    """Host and disk pages as configured -> settings with their numbers, who copies, what the disk holds."""
+    host_pages = settings.host_pages or config.host_cache_bytes // storage.page_bytes
+    disk_pages = settings.disk_pages or config.disk_cache_bytes // storage.page_bytes
+    if not host_pages:
+        if disk_pages:
+            raise EngineConfigError("a disk cache needs host pages above it: set host_cache_bytes as well")
+        return replace(settings, host_pages=0, disk_pages=0), None, {}
+    free = free_bytes(torch.device("cpu"))
+    if host_pages * storage.page_bytes > free:
+        raise EngineConfigError(
+            f"{host_pages} host pages take {host_pages * storage.page_bytes} bytes, {free} are free: lower "
+            f"host_cache_bytes"
+        )
+    disk = None
+    if disk_pages:
+        identity = kv_identity(checkpoint, storage.pages.dtype, storage.pages.device, settings.page_size)
+        disk = open_disk_file(_disk_path(config, identity), identity, storage.page_bytes, disk_pages)
+    index = disk.index() if disk else {}
+    copier = Copier(storage, HostPool(storage, host_pages), disk)
+    return replace(settings, host_pages=host_pages, disk_pages=disk_pages if disk else 0), copier, index
+
+
+def _disk_path(config: EngineConfig, identity: bytes) -> Path:
+    if config.disk_cache_path:
+        return Path(config.disk_cache_path).expanduser()
+    folder = state_folder(config)
+    if folder is None:
+        raise EngineConfigError("disk_cache_bytes is set and state_folder is -: set disk_cache_path")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder / f"kv-{hashlib.sha256(identity).hexdigest()[:16]}.pages"
+
+
+def _costs(
+    config: EngineConfig,
+    settings: SchedulerConfig,
+    checkpoint: Checkpoint,
+    model: Transformer,
+    storage: KVStorage,
+    batches: BatchBuilder,
+    copier: Copier | None,
+) -> CostModel:
+    try:
+        costs = measured_costs(config.costs, checkpoint, model, storage, batches, settings)
+    except MachineError as error:
+        raise EngineConfigError(str(error)) from None
+    if copier is None or config.costs not in ("", MEASURE):
+        return costs
+    copying = measure_copies(storage, copier.host, copier.disk)
+    return replace(
+        costs,
+        host_page_s=copying.host_page_s or costs.host_page_s,
+        disk_page_s=copying.disk_page_s or costs.disk_page_s,
+    )
 
 
 def _device(name: str) -> torch.device:

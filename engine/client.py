@@ -26,6 +26,8 @@ from engine.messages import (
     Abort,
     Failed,
     FromEngine,
+    Inspect,
+    Inspected,
     Log,
     Ready,
     SequenceOutput,
@@ -38,6 +40,7 @@ from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from scheduler.snapshot import Snapshot
 
 logger = logging.getLogger("octavo.engine")
 
@@ -80,6 +83,10 @@ class EngineClient(Protocol):
         a whole request that was aborted; an aborted single choice still gets its terminal output."""
         ...
 
+    async def inspect(self, max_sequences: int) -> Snapshot:
+        """The scheduler's state now. Raises EngineDead if the engine is lost before it answers."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -112,6 +119,8 @@ class EngineProcess:
         self._socket: zmq.asyncio.Socket | None = None
         self._context: zmq.asyncio.Context | None = None
         self._entries: dict[str, tuple[JournalEntry, Sink]] = {}
+        self._inspections: dict[int, asyncio.Future[Snapshot]] = {}
+        self._num_inspections = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._supervisor: asyncio.Task[None] | None = None
@@ -183,6 +192,19 @@ class EngineProcess:
             found[0].aborted.add(index)
         self._send(Abort(request_id, index))
 
+    async def inspect(self, max_sequences: int) -> Snapshot:
+        if self.ready is None:
+            raise EngineDead("the engine is not ready")
+        self._num_inspections += 1
+        number = self._num_inspections
+        answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
+        self._inspections[number] = answer
+        self._send(Inspect(number, max_sequences))
+        try:
+            return await answer
+        finally:
+            del self._inspections[number]
+
     async def close(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -223,6 +245,7 @@ class EngineProcess:
             self._socket.bind(f"ipc://{self._path()}")
             status = await self._serve_one(self._socket)
             self.ready = None
+            self._fail_inspections()
             self._close_socket()
             if (cause := self._fatal_cause(status)) is not None:
                 return cause
@@ -239,7 +262,6 @@ class EngineProcess:
         ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         _watch(process, ended)
         reading = asyncio.create_task(self._read(socket))
-        min(self._start_timeout_s, self._stall_timeout_s)
         either: set[asyncio.Future[int] | asyncio.Task[None]] = {ended, reading}
         patience_s = min(self._start_timeout_s, self._stall_timeout_s)
         try:
@@ -287,6 +309,10 @@ class EngineProcess:
                 self._deliver(output)
         elif isinstance(message, Ready):
             self._resume(message)
+        elif isinstance(message, Inspected):
+            answer = self._inspections.get(message.number)
+            if answer is not None and not answer.done():
+                answer.set_result(message.snapshot)
         elif isinstance(message, Log):
             logger.log(message.level, "%s", message.text)
         else:
@@ -332,6 +358,11 @@ class EngineProcess:
         if len(self._deaths) > self._max_restarts:
             return f"{cause}; it died {len(self._deaths)} times within {RESTART_WINDOW_S:g} s"
         return None
+
+    def _fail_inspections(self) -> None:
+        for answer in self._inspections.values():
+            if not answer.done():
+                answer.set_exception(EngineDead("the engine was lost before it answered"))
 
     def _give_up_stuck_requests(self) -> None:
         """A request that got nowhere before two deaths in a row may be what kills the engine."""

@@ -32,4 +32,29 @@ class EngineConfig:
     kv_cache_bytes: int = field(
         default=0, metadata={"help": "memory for KV pages; 0 = a share of what is free"}
     )
+    host_cache_bytes: int = field(
+        default=0,
+        metadata={"help": "host memory for KV pages that leave the device; 0 = none", "min": 0},
+    )
+    disk_cache_bytes: int = field(
+        default=0,
+        metadata={"help": "disk space for KV pages that leave host memory; 0 = none", "min": 0},
+    )
+    disk_cache_path: str = field(
+        default="", metadata={"help": "the file for them; empty = in the user's cache folder"}
+    )
+    state_folder: str = field(
+        default="",
+        metadata={
+            "help": "where learned output lengths and measured costs are kept; empty = the user's cache "
+            "folder; - = nowhere"
+        },
+    )
+    costs: str = field(
+        default="",
+        metadata={
+            "help": "what steps cost: empty = measured at the first start and kept; measure = measured anew; "
+            "else a machine file, as in configs/machines"
+        },
+    )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

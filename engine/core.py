@@ -9,37 +9,50 @@ from engine.decoding import METHODS
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
 from engine.runner import Outcome, Runner
 from scheduler.plan import Advance, Progress, Slice, StepPlan
-from scheduler.scheduler import RequestRefused, Scheduler
+from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from engine.tiers.copier import Copier
+    from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("octavo.engine")
 
 MAX_FAILED_STEPS = 3  # in a row, before the engine gives up and is started again
 
 
-class RequestInvalid(ValueError):
-    """A request that would corrupt or crash a batch."""
-
-
 class EngineCore:
     """A scheduler and a runner. Not thread-safe: one loop owns it."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, vocab_size: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, vocab_size: int, copier: Copier | None = None
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
+        self.copier = copier  # None: there is no tier below the device
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
+        self._waits_for_copies = False
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._early)
 
+    @property
+    def can_step(self) -> bool:
+        """Whether a step would bring anything now: everyone may be waiting for copies, and then the
+        copier's file descriptor tells when to look again."""
+        if self._waits_for_copies:
+            assert self.copier is not None
+            self._waits_for_copies = not self.copier.has_news and not self._early
+        return self.has_work and not self._waits_for_copies
+
     def handle(self, message: Submit | Abort) -> None:
         """Take a request or an abort; what follows at once is part of the next report."""
+        self._waits_for_copies = False
         if isinstance(message, Abort):
             self._collect(self.scheduler.abort(message.request_id, message.index))
             return
@@ -47,30 +60,57 @@ class EngineCore:
         try:
             self._check(request)
             self.scheduler.add(request)
-        except (RequestInvalid, RequestRefused) as refusal:
-            logger.warning("refused request=%s: %s", request.request_id, refusal)
+        except RequestRefused as refused:
+            logger.warning("refused request=%s: %s", request.request_id, refused)
             self._early.extend(
                 SequenceOutput(
-                    request.request_id, index, finish=FinishReason.ERROR, error=str(refusal), refused=True
+                    request.request_id,
+                    index,
+                    finish=FinishReason.ERROR,
+                    error=str(refused),
+                    refused=True,
+                    refusal=refused.reason,
+                    retry_after_s=refused.retry_after_s,
                 )
                 for index in range(max(1, request.num_choices))
             )
 
     def step(self) -> StepOutput:
         """Compute one step, if there is anything to compute, and report all news since the last call."""
+        if self.copier is not None:
+            self.scheduler.copied(self.copier.finished())
         self._collect(self.scheduler.expire())
         plan = self.scheduler.plan()
+        self._log_preemptions(plan)
+        if self.copier is not None:
+            self.copier.start(plan.copies)
+            self._waits_for_copies = not plan.slices and self.scheduler.has_work
         num_prompt_tokens = 0
         if plan.slices:
-            for seq_id in plan.preempted:
-                sequence = self.scheduler.sequence(seq_id)
-                logger.debug("preempted request=%s choice=%d", sequence.request.request_id, sequence.index)
             num_prompt_tokens = sum(self._new_prompt_tokens(piece) for piece in plan.slices)
             outcomes = self._execute(plan)
             progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
             self._collect(progress, outcomes)
         outputs, self._early = tuple(self._early), []
         return StepOutput(outputs, self.scheduler.stats(), num_prompt_tokens)
+
+    def close(self) -> None:
+        """Whatever still runs is dropped; content on its way to the disk is lost."""
+        if self.copier is not None:
+            self.copier.close()
+
+    def _log_preemptions(self, plan: StepPlan) -> None:
+        for entry in plan.preempted:
+            victim = self.scheduler.sequence(entry.seq_id)
+            logger.debug(
+                "preempted request=%s choice=%d level=%d tokens=%d short_of=%s for_request=%s",
+                victim.request.request_id,
+                victim.index,
+                victim.level,
+                victim.num_reached,
+                entry.reason,
+                self.scheduler.sequence(entry.for_seq_id).request.request_id,
+            )
 
     def _new_prompt_tokens(self, piece: Slice) -> int:
         """Prompt tokens that the slice reaches first, those found in the cache before it included."""
@@ -117,12 +157,15 @@ class EngineCore:
             *(sampling.allowed_token_ids or ()),
             *(token for word in sampling.bad_words for token in word),
         ]
+        wrong = None
         if not all(sampling.bad_words) or min(sampling.logprobs or 0, sampling.prompt_logprobs or 0) < 0:
-            raise RequestInvalid("bad_words holds an empty word, or a number of logprobs is negative")
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise RequestInvalid(f"a token id lies outside the vocabulary of {self.vocab_size}")
-        if request.method not in METHODS:
-            raise RequestInvalid(f"unknown decoding method {request.method!r}")
+            wrong = "bad_words holds an empty word, or a number of logprobs is negative"
+        elif ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            wrong = f"a token id lies outside the vocabulary of {self.vocab_size}"
+        elif request.method not in METHODS:
+            wrong = f"unknown decoding method {request.method!r}"
+        if wrong:
+            raise RequestRefused(RefusalReason.INVALID, wrong)
 
 
 def _output(news: Progress, outcome: Outcome | None) -> SequenceOutput:

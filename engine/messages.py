@@ -1,7 +1,8 @@
 """What crosses the process edge, as msgspec values; nothing is ever unpickled.
 
-Server to engine: `Submit`, `Abort`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s; or one
-`Failed` when it cannot start or go on; and `Log` lines at any time.
+Server to engine: `Submit`, `Abort`, `Inspect`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s;
+an `Inspected` for every `Inspect`; or one `Failed` when it cannot start or go on; and `Log` lines at any
+time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from typing import NamedTuple
 
 import msgspec
 
+from scheduler.costs import CostModel
 from scheduler.plan import SchedulerStats
+from scheduler.refusal import RefusalReason
+from scheduler.snapshot import Snapshot
 from scheduler.types import FinishReason, Request
 
 
@@ -29,7 +33,14 @@ class Stop(msgspec.Struct, tag=True, frozen=True, gc=False):
     """Leave the loop; whatever still runs is dropped."""
 
 
-ToEngine = Submit | Abort | Stop
+class Inspect(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """Ask for the scheduler's state; at most `max_sequences` of its sequences are described."""
+
+    number: int
+    max_sequences: int = 1000
+
+
+ToEngine = Submit | Abort | Inspect | Stop
 
 
 class TokenLogprobs(NamedTuple):
@@ -51,6 +62,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     stop_token: int | None = None  # the token that stopped it, which is the last of `tokens`
     error: str | None = None
     refused: bool = False  # with an error: the request is at fault, not the engine
+    refusal: RefusalReason | None = None  # with an error: the scheduler did not accept it, and why
+    retry_after_s: float = 0.0  # of a refusal: when it may be accepted; 0 where waiting does not help
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per token, when asked for
     # Of prompt tokens 1.., in order, possibly in several pieces (choice 0 only), when asked for.
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
@@ -80,6 +93,9 @@ class Ready(msgspec.Struct, tag=True, frozen=True, gc=False):
     dtype: str
     device: str
     phases: tuple[Phase, ...]  # where the start-up time went
+    host_pages: int = 0
+    disk_pages: int = 0
+    costs: CostModel = CostModel()  # of steps, measured on this machine or given
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True, gc=False):
@@ -95,4 +111,11 @@ class Log(msgspec.Struct, tag=True, frozen=True, gc=False):
     text: str
 
 
-FromEngine = Ready | StepOutput | Failed | Log
+class Inspected(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """The answer to the `Inspect` of the same number."""
+
+    number: int
+    snapshot: Snapshot
+
+
+FromEngine = Ready | StepOutput | Inspected | Failed | Log

@@ -21,7 +21,17 @@ import msgspec  # noqa: E402
 import zmq  # noqa: E402
 
 from engine.config import EngineConfig  # noqa: E402
-from engine.messages import Failed, FromEngine, Log, Phase, Stop, ToEngine  # noqa: E402
+from engine.messages import (  # noqa: E402
+    Failed,
+    FromEngine,
+    Inspect,
+    Inspected,
+    Log,
+    Phase,
+    Stop,
+    ToEngine,
+)
+from scheduler.snapshot import take_snapshot  # noqa: E402
 
 _SEND_LINGER_MS = 1000
 
@@ -47,8 +57,12 @@ class Link:
     def send(self, message: FromEngine) -> None:
         self.socket.send(self.encoder.encode(message))
 
+    def wake_on(self, news: int) -> None:
+        """Waiting ends as well when this file descriptor becomes readable."""
+        self.poller.register(news, zmq.POLLIN)
+
     def receive(self, wait: bool) -> list[ToEngine]:
-        """Everything that has arrived; with `wait`, sleeps until something does."""
+        """Everything that has arrived; with `wait`, sleeps until something does, or there is other news."""
         events = dict(self.poller.poll(None if wait else 0))
         messages: list[ToEngine] = []
         if self.socket in events:
@@ -88,12 +102,21 @@ def run(link: Link, config: EngineConfig) -> int:
     gc.freeze()
     link.send(engine.ready)
     core = engine.core
+    if core.copier is not None:
+        link.wake_on(core.copier.fileno())
     while True:
-        for message in link.receive(wait=not core.has_work):
+        for message in link.receive(wait=not core.can_step):
             if isinstance(message, Stop):
+                engine.lengths.save()
+                core.close()
                 return 0
-            core.handle(message)
-        link.send(core.step())
+            if isinstance(message, Inspect):
+                link.send(Inspected(message.number, take_snapshot(core.scheduler, message.max_sequences)))
+            else:
+                core.handle(message)
+        if core.can_step:
+            link.send(core.step())
+        engine.lengths.save_when_due()
 
 
 def main(arguments: list[str]) -> int:

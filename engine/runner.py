@@ -60,10 +60,10 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
-        for seq_id in plan.preempted:
-            self.batches.release(seq_id)
+        for entry in plan.preempted:
+            self.batches.release(entry.seq_id)
         if self.storage.tainted:
-            self.storage.clear([page for piece in plan.slices for page in piece.new_pages])
+            self.storage.clear(self._fresh_pages(plan))
         batch = self.batches.build(plan)
         logits = self.model.forward(batch.rows, self.storage)
         works = [
@@ -79,6 +79,16 @@ class Runner:
             outcomes.append(self._outcome(work, logits, drawn, used))
             used += len(work.places)
         return tuple(outcomes)
+
+    def _fresh_pages(self, plan: StepPlan) -> list[int]:
+        """Pages whose first slot is computed now or later; those before hold what was found."""
+        size = self.batches.page_size
+        return [
+            page
+            for piece in plan.slices
+            for number, page in enumerate(piece.new_pages, piece.first_new_page)
+            if number * size >= piece.start
+        ]
 
     def _work(self, piece: Slice, first: int) -> _Work:
         sequence = self.scheduler.sequence(piece.seq_id)

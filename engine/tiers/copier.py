@@ -58,8 +58,8 @@ class Copier:
         before: Callable[[Copy], None] | None = None,
     ) -> None:
         self._lane = lane or lane_for(storage)
-        self._host = host
-        self._disk = disk
+        self.host = host
+        self.disk = disk
         self._before = before
         self._group_pages = max(1, GROUP_BYTES // storage.page_bytes)
         self._staging = HostPool(storage, self._group_pages if disk else 0)  # from the file to the device
@@ -77,6 +77,11 @@ class Copier:
     def num_in_flight(self) -> int:
         """Copies that were started and not yet returned by `finished`."""
         return self._num_in_flight
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `finished` would return something."""
+        return bool(self._ended)
 
     def fileno(self) -> int:
         """Readable while `finished` has news, for a loop that sleeps on several things."""
@@ -122,8 +127,8 @@ class Copier:
             logger.warning("a copy of KV pages does not end; it is left behind")
             return
         os.close(self._event)
-        if self._disk is not None:
-            self._disk.close()
+        if self.disk is not None:
+            self.disk.close()
 
     def _work(self) -> None:
         _yield_to_others(THREAD_NICENESS)
@@ -169,15 +174,15 @@ class Copier:
         match way:
             case (Tier.DEVICE, Tier.HOST):
                 pages = [(copy.source_page, copy.target_page) for copy in copies]
-                self._lane.to_host(fence, pages, self._host.cells)
+                self._lane.to_host(fence, pages, self.host.cells)
             case (Tier.HOST, Tier.DEVICE):
                 pages = [(copy.target_page, copy.source_page) for copy in copies]
-                self._lane.to_device(fence, pages, self._host.cells)
-            case (Tier.HOST, Tier.DISK) if self._disk is not None:
+                self._lane.to_device(fence, pages, self.host.cells)
+            case (Tier.HOST, Tier.DISK) if self.disk is not None:
                 for copy in copies:
-                    self._disk.write(copy.target_page, copy.key, self._host.page(copy.source_page))
-            case (Tier.DISK, Tier.DEVICE) if self._disk is not None:
-                return self._from_disk(self._disk, fence, copies)
+                    self.disk.write(copy.target_page, copy.key, self.host.page(copy.source_page))
+            case (Tier.DISK, Tier.DEVICE) if self.disk is not None:
+                return self._from_disk(self.disk, fence, copies)
             case _:
                 raise ValueError(f"no copies go from {way[0].name} to {way[1].name} here")
         return {copy.number for copy in copies}

@@ -49,7 +49,7 @@ class StaticFeedbackQueue:
     def next_change(self, work: Work) -> float:
         if work.level >= self._num_levels - 1:
             return math.inf
-        left_s = self._quantum_s * 2**work.level - work.attained_s
+        left_s = self._quantum_s * 2.0**work.level - work.attained_s
         per_token_s = self._costs.decode(work.prompt_len + work.num_output, self._places)
         return work.num_output + max(1, math.floor(left_s / per_token_s))
 

@@ -1,0 +1,98 @@
+"""The scheduler's state for people who look: who is where and why, at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from scheduler.plan import SchedulerStats
+from scheduler.types import SequenceState
+
+if TYPE_CHECKING:
+    from scheduler.scheduler import Scheduler
+    from scheduler.types import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceView:
+    """One live sequence. `head_start_s` is None where the order knows none."""
+
+    request_id: str
+    index: int
+    tenant: str
+    state: SequenceState
+    level: int
+    head_start_s: float | None
+    is_overdue: bool
+    age_s: float
+    waiting_s: float  # since it came into the queue last; 0 while it runs
+    num_tokens: int
+    num_computed: int
+    num_output: int
+    num_pages: int
+    num_preemptions: int
+    attained_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TenantView:
+    tenant: str
+    weight: float
+    served_s: float  # the virtual counter: attributed service divided by the weight
+    num_live: int
+    num_running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`sequences` and `tenants` may be cut; the counts in `stats` are whole."""
+
+    policy: str
+    stats: SchedulerStats
+    sequences: tuple[SequenceView, ...]
+    tenants: tuple[TenantView, ...]
+    num_copies_in_flight: int
+    num_steps: int
+
+
+def take_snapshot(scheduler: Scheduler, max_sequences: int) -> Snapshot:
+    tenants = islice(scheduler._tenants.active.values(), max_sequences)
+    return Snapshot(
+        policy=scheduler.config.policy,
+        stats=scheduler.stats(),
+        sequences=tuple(
+            _view(scheduler, piece) for piece in islice(scheduler._sequences.values(), max_sequences)
+        ),
+        tenants=tuple(
+            TenantView(piece.name, piece.weight, piece.served_s, piece.num_live, piece.num_running)
+            for piece in tenants
+        ),
+        num_copies_in_flight=len(scheduler._tiers.in_flight),
+        num_steps=scheduler._num_steps,
+    )
+
+
+def _view(scheduler: Scheduler, sequence: Sequence) -> SequenceView:
+    policy, now_s = scheduler._policy, scheduler._clock()
+    running = sequence.state is SequenceState.RUNNING
+    head_start_s = None
+    if policy.max_head_start_s != float("inf"):
+        head_start_s = sequence.arrival_s - policy.key(sequence.level, sequence.arrival_s)
+    return SequenceView(
+        request_id=sequence.request.request_id,
+        index=sequence.index,
+        tenant=sequence.tenant,
+        state=sequence.state,
+        level=sequence.level,
+        head_start_s=head_start_s,
+        is_overdue=sequence.is_overdue,
+        age_s=now_s - sequence.arrival_s,
+        waiting_s=0.0 if running else now_s - sequence.waiting_since_s,
+        num_tokens=len(sequence.tokens),
+        num_computed=sequence.num_computed,
+        num_output=sequence.num_output,
+        num_pages=len(sequence.pages),
+        num_preemptions=sequence.num_preemptions,
+        attained_s=sequence.attained_s,
+    )
