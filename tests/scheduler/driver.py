@@ -6,8 +6,10 @@ from typing import Any
 
 from scheduler.clock import ManualClock
 from scheduler.config import SchedulerConfig
+from scheduler.costs import CostModel
 from scheduler.invariants import check
-from scheduler.plan import Advance, Progress, Slice, StepPlan
+from scheduler.lengths import Lengths
+from scheduler.plan import Advance, Copied, Copy, Progress, Slice, StepPlan
 from scheduler.scheduler import Scheduler
 from scheduler.types import EMPTY_WINDOW, Request, SamplingParams, Visibility, Window
 
@@ -33,11 +35,20 @@ def block(*tokens: int) -> Window:
 
 
 class Driver:
-    def __init__(self, max_model_len: int = 64, **config: Any) -> None:
+    """Copies between tiers stay under way until `land` is called."""
+
+    def __init__(
+        self,
+        max_model_len: int = 64,
+        costs: CostModel | None = None,
+        lengths: Lengths | None = None,
+        **config: Any,
+    ) -> None:
         settings = {"policy": "fcfs", "page_size": 4, "num_pages": 16, "max_num_seqs": 4} | config
         self.clock = ManualClock()
-        self.scheduler = Scheduler(SchedulerConfig(**settings), self.clock, max_model_len)
+        self.scheduler = Scheduler(SchedulerConfig(**settings), self.clock, max_model_len, costs, lengths)
         self.names: dict[int, str] = {}
+        self.under_way: list[Copy] = []
 
     def add(self, *requests: Request) -> None:
         for one in requests:
@@ -47,6 +58,7 @@ class Driver:
     def plan(self) -> StepPlan:
         plan = self.scheduler.plan()
         check(self.scheduler)
+        self.under_way += plan.copies
         for piece in plan.slices:
             owner = self.scheduler.sequence(piece.seq_id)
             self.names[piece.seq_id] = f"{owner.request.request_id}.{owner.index}"
@@ -73,9 +85,16 @@ class Driver:
         """Like step, but only how many tokens each computed."""
         return {name: len(piece.tokens) for name, piece in self.step().items()}
 
+    def land(self, ok: bool = True) -> None:
+        """All copies under way end."""
+        landed, self.under_way = self.under_way, []
+        self.scheduler.copied([Copied(copy.number, ok) for copy in landed])
+        check(self.scheduler)
+
     def set_aside(self, seq_id: int) -> None:
         """Preempt a sequence, as if its place were needed."""
-        self.scheduler._places.set_aside(self.scheduler.sequence(seq_id))
+        sequence = self.scheduler.sequence(seq_id)
+        self.scheduler._places.set_aside(sequence, "place", sequence)
 
     def forget_cached_content(self) -> None:
         """Overwrite every page that nobody holds."""
@@ -87,6 +106,7 @@ class Driver:
         for _ in range(max_steps):
             if not self.scheduler.has_work:
                 return news
+            self.land()
             news += self.scheduler.expire()
             news += self.apply(self.plan())
         raise AssertionError("the scheduler does not come to an end")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from scheduler.invariants import check, check_decisions, check_empty
-from scheduler.plan import StepPlan
+from scheduler.plan import Preempted, StepPlan
 from tests.scheduler.driver import Driver, request
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _busy() -> Scheduler:
-    driver = Driver(policy="mlfq", max_num_seqs=2, num_pages=32)
+    driver = Driver(policy="mlfq", max_num_seqs=2, num_pages=32, host_pages=4)
     driver.add(request("done", 8, max_tokens=1))
     driver.finish()
     driver.add(request("a", 9, max_tokens=9, deadline_s=5.0), request("b", 9), request("c", 9, num_choices=2))
@@ -55,18 +55,31 @@ def _compute_beyond_the_pages(scheduler: Scheduler) -> None:
 
 
 def _wait_and_run(scheduler: Scheduler) -> None:
-    sequence = scheduler.sequence(1)
-    scheduler._places.waiting.push(scheduler._policy.order(sequence), sequence)
+    scheduler._places.waiting.push(scheduler.sequence(1))
 
 
 def _leave_all_queues(scheduler: Scheduler) -> None:
-    scheduler._places.waiting.discard(3)
+    scheduler._places.waiting.discard(scheduler.sequence(3))
 
 
-def _wait_out_of_order(scheduler: Scheduler) -> None:
-    sequence = scheduler.sequence(3)
-    scheduler._places.waiting.discard(3)
-    scheduler._places.waiting.push((99.0, 3), sequence)
+def _wait_at_another_level(scheduler: Scheduler) -> None:
+    scheduler.sequence(3).level += 1
+
+
+def _charge_a_stranger(scheduler: Scheduler) -> None:
+    scheduler._tenants.active[""].num_running += 1
+
+
+def _park_for_nothing(scheduler: Scheduler) -> None:
+    scheduler._places.park(scheduler.sequence(3))
+
+
+def _lose_a_host_page(scheduler: Scheduler) -> None:
+    scheduler._tiers.host.free.pop()
+
+
+def _hold_a_page_while_waiting(scheduler: Scheduler) -> None:
+    scheduler.sequence(3).pages += scheduler._pool.take(1)
 
 
 def _forget_a_deadline(scheduler: Scheduler) -> None:
@@ -86,9 +99,13 @@ def _publish_a_private_page(scheduler: Scheduler) -> None:
         (_swap_two_keys, "found as other content"),
         (_change_a_committed_token, "prompt has changed"),
         (_compute_beyond_the_pages, "computed beyond its pages"),
-        (_wait_and_run, "waits and runs"),
+        (_wait_and_run, "in two queues"),
         (_leave_all_queues, "in no queue"),
-        (_wait_out_of_order, "out of its order"),
+        (_wait_at_another_level, "miscounted by level"),
+        (_charge_a_stranger, "tenant '' runs"),
+        (_park_for_nothing, "parked for nothing"),
+        (_lose_a_host_page, "a page of a tier is lost"),
+        (_hold_a_page_while_waiting, "holds pages while it waits"),
         (_forget_a_deadline, "deadlines"),
         (_publish_a_private_page, "private page"),
     ],
@@ -119,6 +136,6 @@ def test_giving_way_to_a_later_one_is_noticed() -> None:
     driver = Driver()
     driver.add(request("old", arrival_s=1.0), request("young", arrival_s=2.0))
     plan = driver.plan()
-    wrong = StepPlan(1, plan.slices[1:], preempted=(0,))
+    wrong = StepPlan(1, plan.slices[1:], preempted=(Preempted(0, "place", 1),))
     with pytest.raises(AssertionError, match="gave way"):
         check_decisions(driver.scheduler, wrong, {0, 1}, set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.plan import Advance
+from scheduler.plan import Advance, Preempted
 from scheduler.types import Visibility, Window
 from tests.scheduler.driver import TOKEN, Driver, block, line, request
 
@@ -164,7 +164,7 @@ def test_the_last_of_the_order_gives_its_pages_up() -> None:
     while not plan.preempted:
         driver.apply(plan)
         plan = driver.plan()
-    assert plan.preempted == (1,)
+    assert plan.preempted == (Preempted(1, "pages", 0),)
     assert [piece.seq_id for piece in plan.slices] == [0]
     assert driver.scheduler.sequence(1).pages == []
 
@@ -205,22 +205,22 @@ def test_a_plan_without_work_is_empty_and_needs_no_answer() -> None:
 def test_a_step_costs_the_same_whatever_the_queue() -> None:
     """Counted, not timed: planning beside a long queue asks the policy no more often."""
 
-    def orders_asked(num_waiting: int) -> int:
-        driver = Driver(policy="mlfq", max_num_seqs=2, num_pages=64, max_queued_requests=10_000)
+    def keys_asked(num_waiting: int) -> int:
+        driver = Driver(policy="fcfs", max_num_seqs=2, num_pages=64, max_queued_requests=10_000)
         for k in range(num_waiting + 2):
             driver.scheduler.add(request(f"r{k}", 4, max_tokens=30, arrival_s=float(k)))
         driver.scheduler.apply(plan := driver.scheduler.plan(), map(driver.answer, plan.slices))
         asked = 0
         policy = driver.scheduler._policy
-        original = policy.order
+        original = policy.key
 
-        def counting(sequence: object) -> tuple[float, int]:
+        def counting(level: int, arrival_s: float) -> float:
             nonlocal asked
             asked += 1
-            return original(sequence)  # type: ignore[arg-type]
+            return original(level, arrival_s)
 
-        policy.order = counting  # type: ignore[method-assign]
+        policy.key = counting  # type: ignore[method-assign]
         driver.scheduler.apply(plan := driver.scheduler.plan(), map(driver.answer, plan.slices))
         return asked
 
-    assert orders_asked(2000) == orders_asked(2)
+    assert keys_asked(2000) == keys_asked(2)

@@ -65,10 +65,14 @@ def test_the_queue_is_bounded_beside_the_free_places() -> None:
     driver.add(request("d"))
 
 
-def test_a_stream_that_had_begun_is_not_counted_against_the_queue() -> None:
+def test_what_an_earlier_engine_process_accepted_is_accepted_whatever_the_load() -> None:
     driver = Driver(max_num_seqs=1, max_queued_requests=1)
-    driver.add(request("a"), request("b"), request("c", delivered=((TOKEN,),)))
-    assert driver.scheduler.stats().num_waiting == 3
+    driver.add(request("a"), request("b"))
+    with pytest.raises(RequestRefused):
+        driver.add(request("c"))
+    driver.add(request("c", delivered=((TOKEN,),), readmitted=True), request("d", readmitted=True))
+    assert driver.scheduler.stats().num_waiting == 4
+    assert sum(news.finish is FinishReason.LENGTH for news in driver.finish()) == 4
 
 
 def test_an_abort_ends_every_live_choice_once() -> None:
@@ -188,8 +192,9 @@ def test_stats_count_what_is_there() -> None:
     stats = driver.scheduler.stats()
     assert (stats.num_running, stats.num_waiting) == (1, 2)
     assert (stats.num_pages, stats.num_pages_held, stats.num_pages_cached) == (16, 2, 0)
-    assert sum(stats.running_by_level) == 1
-    assert sum(stats.waiting_by_level) == 1  # the second choice is held back: it is in no level yet
+    assert sum(level.num_running for level in stats.levels) == 1
+    # the second choice is held back: it is in no level yet
+    assert sum(level.num_waiting for level in stats.levels) == 1
 
 
 def test_when_the_first_choice_ends_early_the_next_one_computes_the_prompt_for_the_rest() -> None:
