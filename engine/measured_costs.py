@@ -1,0 +1,125 @@
+"""The costs that the scheduler predicts with: from a file, from an earlier start, or measured now.
+
+Earlier measurements lie in `$XDG_CACHE_HOME/octavo/costs` (else `~/.cache/octavo/costs`), one small JSON
+file per model, machine and arithmetic. A file that cannot be used is as good as none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from engine.calibration import calibrate
+from engine.tiers.identity import kv_identity
+from scheduler.costs import CostModel
+from scheduler.machine import load_machine
+
+if TYPE_CHECKING:
+    from engine.batch import BatchBuilder
+    from engine.checkpoint import Checkpoint
+    from engine.kv_storage import KVStorage
+    from engine.models.transformer import Transformer
+    from scheduler.config import SchedulerConfig
+
+logger = logging.getLogger("octavo.engine")
+
+MEASURE: Final = "measure"  # the value of `costs` that ignores earlier measurements
+_FORMAT: Final = 1  # what the figures mean; raised when the cost model changes
+
+
+def measured_costs(
+    costs: str,
+    checkpoint: Checkpoint,
+    model: Transformer,
+    storage: KVStorage,
+    batches: BatchBuilder,
+    settings: SchedulerConfig,
+) -> CostModel:
+    """`costs` is the setting: "", "measure" or the path of a machine file. Call it while no page is in use.
+
+    Raises MachineError, one line, for a machine file that cannot be used.
+    """
+    if costs and costs != MEASURE:
+        return load_machine(Path(costs).expanduser()).costs
+    path = _cache_folder() / f"{_identity(checkpoint, storage, settings.page_size)}.json"
+    if not costs and (known := _read(path)) is not None:
+        logger.debug("costs of steps from %s: %s", path, known)
+        return known
+    found = calibrate(model, storage, batches, settings.max_num_seqs, settings.max_num_batched_tokens)
+    logger.info(
+        "costs of steps, from %d kinds of them in %.2f s, off by %.0f %%: %s",
+        found.num_steps,
+        found.seconds,
+        100 * found.usual_error,
+        found.costs,
+    )
+    if found.steady:
+        _write(path, found.costs)
+    return found.costs
+
+
+def _cache_folder() -> Path:
+    """As the XDG base directory specification says: a relative path there counts as unset."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "octavo" / "costs"
+
+
+def _identity(checkpoint: Checkpoint, storage: KVStorage, page_size: int) -> str:
+    cells = storage.keys[0]
+    model = kv_identity(checkpoint, cells.dtype, cells.device, page_size)
+    machine = repr((_FORMAT, _device_name(cells.device), torch.get_num_threads())).encode()
+    return hashlib.sha256(model + machine).hexdigest()[:32]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return platform.machine()
+    return next((line for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read(path: Path) -> CostModel | None:
+    names = {field.name for field in fields(CostModel)}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s is not used, costs are measured again: %s", path, error)
+        return None
+    if not (isinstance(document, dict) and set(document) == names and all(map(_is_cost, document.values()))):
+        logger.warning("%s is not used, costs are measured again: it holds no cost model", path)
+        return None
+    return replace(CostModel(), **document)
+
+
+def _is_cost(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value >= 0
+
+
+def _write(path: Path, costs: CostModel) -> None:
+    """Whole or not at all: two engines may start at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False) as file:
+            json.dump(asdict(costs), file, indent=1)
+        try:
+            Path(file.name).replace(path)
+        except OSError:
+            Path(file.name).unlink()
+            raise
+    except OSError as error:
+        logger.info("the measured costs are not kept: %s", error)
