@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from server.commands import CommandError, bench, chat, complete, models, serve, version
+from server.commands import CommandError, bench, chat, complete, models, serve, simulate, version
 from server.settings import SettingsError, nearest
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "chat": chat,
     "complete": complete,
     "bench": bench,
+    "simulate": simulate,
     "models": models,
     "version": version,
 }

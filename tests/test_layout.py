@@ -26,7 +26,15 @@ SERVER_SEES = {
     "engine.weights",  # .embedded: where the default model lies
     "engine.weights.gguf",
     "scheduler.config",
+    "scheduler.costs",
+    "scheduler.machine",
     "scheduler.plan",
+    "scheduler.refusal",
+    "scheduler.replay.load",
+    "scheduler.replay.report",
+    "scheduler.replay.run",
+    "scheduler.replay.trace",
+    "scheduler.snapshot",
     "scheduler.types",
 }
 

@@ -105,6 +105,8 @@ class Replica:
         self._due: list[tuple[int, int, int]] = []  # (step, number, stamp) of ends and changes of level
         self._paused: deque[tuple[int, Job]] = deque()  # (since, who), in order of time
         self._loading: deque[tuple[int, Job]] = deque()  # (until, who), in order of time
+        self._is_stale = True  # whether planning again may decide otherwise than the last time
+        self._looked_at: set[int] = set()  # those that the last plan might have displaced
         self._num_left = len(self.jobs)
 
     def run(self) -> Replica:
@@ -112,7 +114,7 @@ class Replica:
         while self._num_left:
             self.counts.num_events += 1
             self._take_in()
-            short = self._plan()
+            short = self._is_stale and self._plan()
             if self._prefilling:
                 self._compute_chunks()
             elif self._num_decoding:
@@ -125,6 +127,14 @@ class Replica:
         self.counts.end = self._now
         return self
 
+    def wait_s(self, job: Job) -> float:
+        """How much longer it took than on an empty machine."""
+        num_chunks = -(-job.prompt_len // self._budget)
+        alone = num_chunks * (self._costs.step - self._costs.share)
+        alone += self._costs.prefill(0, job.prompt_len, self._budget)
+        alone += self._costs.steps(job.output_len - 1, 1, job.prompt_len + 1)
+        return seconds(job.finished - job.arrival - alone)
+
     # What comes from outside
 
     def _take_in(self) -> None:
@@ -133,6 +143,7 @@ class Replica:
             job = self._arrivals.popleft()
             job.level = self._policy.level(job)
             self._waiting.add(job)
+            self._is_stale = True
         while self._loading and self._loading[0][0] <= now:
             job = self._loading.popleft()[1]
             self._begin_prefill(job)
@@ -146,6 +157,7 @@ class Replica:
 
     def _pin(self, job: Job) -> None:
         job.pinned = True
+        self._is_stale = True
         if job.state is State.WAITING:
             self._waiting.remove(job)
             self._evictable.remove(job)
@@ -175,6 +187,7 @@ class Replica:
 
     def _plan(self) -> bool:
         """Whether pages were short. Then nobody is admitted now, but maybe in the next step."""
+        self._looked_at.clear()
         if self._policy.preemptive and self._waiting and self._num_running:
             self._seat_those_ahead()
         short = False
@@ -185,13 +198,17 @@ class Replica:
         if not short and self._waiting:
             self._admit()
         self._evict()
+        self._is_stale = short
         return short
 
     def _seat_those_ahead(self) -> None:
         claimed = 0
         while claimed < self._budget and (job := self._waiting.peek()) is not None:
             last = self._leavable.peek()
-            if last is None or self._rank(last) < self._rank(job):
+            if last is None:
+                return
+            self._looked_at.add(last.number)
+            if self._rank(last) < self._rank(job):
                 return
             victims = self._victims(job)
             if victims is None:
@@ -214,7 +231,10 @@ class Replica:
         pages = 0
         while not self._fits(job, victims, pages):
             last = self._leavable.peek()
-            if last is None or not self._may_displace(job, last):
+            if last is None:
+                break
+            self._looked_at.add(last.number)
+            if not self._may_displace(job, last):
                 break
             victims.append(last)
             pages += self.memory.pages_for(self._known_by(last))
@@ -290,6 +310,7 @@ class Replica:
         return job.known - job.computed
 
     def _begin_prefill(self, job: Job) -> None:
+        self._is_stale = True
         job.state = State.PREFILLING
         self._prefilling[job.number] = job
         if job.pinned:
@@ -347,6 +368,7 @@ class Replica:
         self.memory.grow(self._step, count - 1)
         self._evict()
         self.memory.grow(self._step + count - 1, 1)
+        self._is_stale |= self.memory.held > self.memory.num_pages
         self._advance(count, duration)
 
     def _advance(self, count: int, duration: int) -> None:
@@ -367,6 +389,7 @@ class Replica:
                 self._end_pause(job)
         self.memory.grow(self._step, 1)
         self._advance(1, duration)
+        self._is_stale = True
         for job, share in shares:
             self._computed(job, share)
 
@@ -444,7 +467,10 @@ class Replica:
                 self._leave(job)
                 self._finish(job)
             else:
+                before = self._key(job)
                 self._place(job)
+                # Who comes sooner than before, and was not the one that stood last, is no new victim.
+                self._is_stale |= self._key(job) > before or number in self._looked_at
 
     def _place(self, job: Job) -> None:
         """Into the level where it belongs now, until the next change of it."""
@@ -463,5 +489,6 @@ class Replica:
         job.state = State.DONE
         job.finished = self._now
         self._num_left -= 1
+        self._is_stale = True
         self._policy.learn(job, True)
         self._on_finish()

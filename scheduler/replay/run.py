@@ -10,7 +10,7 @@ from scheduler.lengths import Lengths
 from scheduler.policies import make_policy
 from scheduler.replay.load import clipped, divided, fitted, offered_load, routed, scaled, with_burst
 from scheduler.replay.replica import Replica
-from scheduler.replay.report import completion_s, report
+from scheduler.replay.report import report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,11 +50,11 @@ class Shaping:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """`sizes` and `completions_s` are those of every request, for plots: tokens in and out, seconds."""
+    """Of every request, for plots: tokens in and out, and seconds longer than on an empty machine."""
 
     report: Report
     sizes: tuple[int, ...]
-    completions_s: tuple[float, ...]
+    waits_s: tuple[float, ...]
 
 
 def replay(
@@ -77,7 +77,7 @@ def replay(
     return Replayed(
         report=report(config.policy, replicas, time.perf_counter() - begun_s),
         sizes=tuple(job.prompt_len + job.output_len for job in jobs),
-        completions_s=tuple(map(completion_s, jobs)),
+        waits_s=tuple(replica.wait_s(job) for replica in replicas for job in replica.jobs),
     )
 
 

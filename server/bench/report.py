@@ -110,7 +110,7 @@ def _result(result: Measured) -> dict[str, Any]:
         "name": result.workload.name,
         "about": result.workload.about,
         "concurrency": result.workload.concurrency,
-        "summary": _without_nan(asdict(result.summary)),
+        "summary": without_nan(asdict(result.summary)),
         "requests": [_request(outcome, begin_s) for outcome in result.outcomes],
     }
 
@@ -131,10 +131,10 @@ def _request(outcome: Outcome, begin_s: float) -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN; null says the same: there was nothing to measure."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
