@@ -90,7 +90,7 @@ def calibrate(
 
 
 def probe_steps(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> list[Slices]:
-    """Steps that tell the constants apart, the most telling and cheapest first, within the limits."""
+    """Steps that tell the constants apart, those that tell much in little time first, within the limits."""
     rows = min(max_num_seqs, max_num_batched_tokens)
     far = max(0, min(1024, max_model_len - 128))
     chunk = min(128, max_num_batched_tokens, max_model_len)
@@ -98,9 +98,9 @@ def probe_steps(max_num_seqs: int, max_num_batched_tokens: int, max_model_len: i
     wished: list[Slices] = [
         ((0, 1),),
         ((0, min(32, chunk)),),
-        ((0, chunk),),
         ((near, 1),) * min(8, rows),
         ((far, 1),),
+        ((0, chunk),),
         ((far, min(32, chunk)),),
         ((near, 1),) * rows,
         ((0, min(512, max_num_batched_tokens, max_model_len)),),

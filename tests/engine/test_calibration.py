@@ -11,7 +11,7 @@ import torch
 
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
-from engine.calibration import PRIOR, calibrate, probe_steps
+from engine.calibration import calibrate, probe_steps
 from engine.kv_storage import KVStorage
 from engine.models.transformer import Transformer
 from tests.engine.tiny import CPU, TINY, random_weights
@@ -42,7 +42,7 @@ def test_steps_are_timed_and_nothing_is_left_behind(num_pages: int) -> None:
     parts = Parts(num_pages)
     found = calibrate(parts.model, parts.storage, parts.batches, MAX_SEQS, MAX_TOKENS, budget_s=5.0)
     assert found.num_steps == len(probe_steps(MAX_SEQS, MAX_TOKENS, parts.batches.max_pages * 16))
-    assert 0 < found.costs.step([(0, 1)]) < 1.0
+    assert found.costs.step([(0, 1)]) > 0
     assert min(astuple(found.costs)) >= 0
     assert parts.is_empty
 
@@ -77,7 +77,8 @@ def test_a_step_that_fails_leaves_an_estimate_and_nothing_else(monkeypatch: pyte
     monkeypatch.setattr(parts.model, "forward", scarce)
     found = calibrate(parts.model, parts.storage, parts.batches, MAX_SEQS, MAX_TOKENS, budget_s=5.0)
     assert not found.steady
-    assert 0 < found.costs.step([(0, 1)]) < PRIOR.step([(0, 1)])
+    assert found.num_steps == 1, "it stops at the first failure"
+    assert found.costs.step([(0, 1)]) > 0
     assert parts.is_empty
 
 
