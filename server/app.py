@@ -15,6 +15,7 @@ from server.middleware import BodyLimitMiddleware, CallMiddleware
 from server.openapi import install_openapi
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
+from server.routes.debug import debug_router
 from server.routes.models import models_router
 from server.routes.operations import operations_router
 from server.routes.tokens import tokens_router
@@ -24,7 +25,22 @@ if TYPE_CHECKING:
 
     from server.service import Service
 
-EXPOSED_HEADERS = ("x-request-id", "x-octavo-ignored-fields", "retry-after")
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "x-octavo-ignored-fields",
+    "retry-after",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
+)
+ROUTERS = (
+    completions_router,
+    chat_router,
+    models_router,
+    tokens_router,
+    operations_router,
+    debug_router,
+)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -36,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
         lifespan=lambda app: _beside(service.report_throughput(), service.check_template()),
     )
-    for router in (completions_router, chat_router, models_router, tokens_router, operations_router):
+    for router in ROUTERS:
         app.include_router(router(service))
     install_error_handlers(app)
     install_openapi(app)

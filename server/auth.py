@@ -1,7 +1,11 @@
-"""API keys: a guard in front of every route, with the few open paths named here and nowhere else."""
+"""API keys: a guard in front of every route, with the few open paths named here and nowhere else.
+
+A key also says who the tenant is: by its name, never by itself.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from typing import TYPE_CHECKING
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
     from server.config import ServerConfig
 
 OPEN_PATHS = frozenset({"/live", "/health"})
+ADMIN_PATHS = frozenset({"/debug/scheduler"})  # under the admin key, if there is one; no API key opens them
 
 
 class ApiKeyMiddleware:
@@ -21,11 +26,14 @@ class ApiKeyMiddleware:
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self.app = app
         self._guarded = bool(config.api_keys)  # an empty key among them opens nothing
-        self._keys = tuple(key.encode() for key in config.api_keys if key)
+        self._names = {
+            key.encode(): name for key, name in zip(config.api_keys, key_names(config), strict=True) if key
+        }
+        self._admin_key = config.admin_key.encode()
         self._open = OPEN_PATHS if config.metrics_require_key else OPEN_PATHS | {"/metrics"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or not self._guarded or self._is_open(scope) or self._has_key(scope):
+        if scope["type"] == "lifespan" or self._may_pass(scope):
             await self.app(scope, receive, send)
             return
         if scope["type"] == "websocket":
@@ -33,15 +41,30 @@ class ApiKeyMiddleware:
             return
         await error_response(_unauthorized())(scope, receive, send)
 
-    def _is_open(self, scope: Scope) -> bool:
-        return scope["type"] == "http" and scope["path"] in self._open
+    def _may_pass(self, scope: Scope) -> bool:
+        if self._admin_key and scope["path"] in ADMIN_PATHS:
+            return hmac.compare_digest(self._admin_key, _bearer(scope))
+        if not self._guarded or (scope["type"] == "http" and scope["path"] in self._open):
+            return True
+        tenant = self._tenant(_bearer(scope))
+        if tenant is None:
+            return False
+        scope.setdefault("state", {})["tenant"] = tenant
+        return True
 
-    def _has_key(self, scope: Scope) -> bool:
-        offered = _bearer(scope)
-        accepted = False
-        for key in self._keys:  # every key is compared, so that time tells nothing
-            accepted |= hmac.compare_digest(key, offered)
-        return accepted and bool(offered)
+    def _tenant(self, offered: bytes) -> str | None:
+        tenant = None
+        for key, name in self._names.items():  # every key is compared, so that time tells nothing
+            if hmac.compare_digest(key, offered):
+                tenant = name
+        return tenant
+
+
+def key_names(config: ServerConfig) -> tuple[str, ...]:
+    """What the tenants of the API keys are called: as configured, else by a hash that gives no key away."""
+    return config.api_key_names or tuple(
+        f"key-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}" for key in config.api_keys
+    )
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -23,6 +23,16 @@ class ServerConfig:
     api_keys: tuple[str, ...] = field(
         default=(), metadata={"help": "accepted bearer keys; none = no authentication", "secret": True}
     )
+    api_key_names: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "names of the tenants, one per API key in order (keys may share one); none = key- and a "
+            "hash of the key"
+        },
+    )
+    admin_key: str = field(
+        default="", metadata={"help": "bearer key of GET /debug/scheduler; empty = 404", "secret": True}
+    )
     metrics_require_key: bool = field(default=False, metadata={"help": "guard /metrics by the API keys too"})
     cors_allow_origins: tuple[str, ...] = field(default=(), metadata={"help": "CORS origins; none = off"})
     cors_allow_methods: tuple[str, ...] = field(
@@ -79,6 +89,20 @@ class ServerConfig:
     request_timeout_s: float = field(
         default=600.0, metadata={"help": "deadline of a request; 0 = none. A request may ask for less"}
     )
+    max_tenant_requests: int = field(
+        default=0,
+        metadata={
+            "help": "sequences of one tenant (API key, else `user`) in flight, queued or running; more are "
+            "answered 429; 0 = no limit"
+        },
+    )
+    tenant_tokens_per_minute: int = field(
+        default=0,
+        metadata={
+            "help": "prompt and output tokens of one tenant per minute; more are answered 429; 0 = no limit",
+            "max": 10**12,
+        },
+    )
     drain_timeout_s: float = field(
         default=30.0, metadata={"help": "time that running requests get after SIGTERM"}
     )
@@ -91,7 +115,10 @@ class ServerConfig:
     max_engine_restarts: int = field(
         default=3, metadata={"help": "engine deaths survived within ten minutes"}
     )
-    sse_keep_alive_s: float = field(default=15.0, metadata={"help": "comment on a silent stream; 0 = off"})
+    sse_keep_alive_s: float = field(
+        default=15.0,
+        metadata={"help": "comment on a silent stream, before which its status is sent; 0 = off"},
+    )
     log_format: str = field(default="plain", metadata={"help": "plain or json", "choices": LOG_FORMATS})
     log_level: str = field(
         default="info", metadata={"help": "debug, info, warning or error", "choices": LOG_LEVELS}

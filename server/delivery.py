@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
 
-from server.errors import DEADLINE, INTERNAL, ApiError
+from server.errors import INTERNAL, ApiError
 from server.logs import logger
 from server.streams import Delta
 from server.wire.responses import CachedTokens, Usage, encode
@@ -60,7 +60,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def collect(generation: Generation) -> list[Delta]:
-    """All deltas of each choice folded into one, by index. Raises the 504 if the deadline left nothing."""
+    """All deltas of each choice folded into one, by index. Raises ApiError."""
     folded = [Delta(reader.index) for reader in generation.readers]
     texts: list[list[str]] = [[] for _ in folded]
     async for deltas in generation.deltas():
@@ -69,8 +69,6 @@ async def collect(generation: Generation) -> list[Delta]:
             texts[delta.index].append(delta.text)
             whole.pieces += delta.pieces
             whole.finish, whole.stop_reason = delta.finish, delta.stop_reason
-    if not generation.num_output_tokens and any(whole.finish == "deadline" for whole in folded):
-        raise DEADLINE
     for whole, parts in zip(folded, texts, strict=True):
         whole.text = "".join(parts)
     return folded
@@ -102,27 +100,38 @@ class EventStream(Response):
             self._release()
 
     async def _send_all(self, send: Send) -> None:
+        """The status waits for the first event or comment: what fails before it is answered with its own.
+        Raises ApiError then."""
+        events = self._events()
+        first = await anext(events, b"")
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async for data in self._events():
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        async for data in events:
             await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": DONE})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        """Bytes to send, [DONE] not included. The status is out: an error becomes an event."""
+        """Bytes to send, [DONE] not included. An error after the first ones becomes an event."""
+        begun = False
         try:
             async for deltas in self._generation.deltas(self._keep_alive_s):
-                if not deltas:
-                    yield KEEP_ALIVE
                 data = b"".join(map(event, (chunk for delta in deltas for chunk in self._chunks_of(delta))))
-                if data:
-                    yield data
+                if data or not deltas:
+                    begun = True
+                    yield data or KEEP_ALIVE
             for chunk in self._last():
                 yield event(chunk)
-        except ApiError as error:
-            yield event(error.envelope())
-        except Exception:
-            logger.exception("stream failed")
-            yield event(INTERNAL.envelope())
+        except Exception as error:
+            if not begun:
+                raise
+            yield event(_envelope(error))
+
+
+def _envelope(error: Exception) -> object:
+    if isinstance(error, ApiError):
+        return error.envelope()
+    logger.error("stream failed", exc_info=error)
+    return INTERNAL.envelope()
 
 
 def event(chunk: object) -> bytes:

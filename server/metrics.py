@@ -1,7 +1,8 @@
 """Prometheus metrics: vLLM's names where the meaning is vLLM's, `octavo:` for what only we have.
 
-Two sources. The engine's step outputs give tokens, their times and the scheduler's gauges; the
-server's streams say how each sequence ended. All calls come from the event loop.
+Two sources. The engine's step outputs give tokens, their times and the scheduler's stats (which
+`server.scheduler_metrics` shows); the server's streams say how each sequence ended. All calls come from
+the event loop.
 
 Counts hold exactly: of N sequences of T tokens each, time_to_first_token has N observations,
 inter_token_latency N * (T - 1), generation_tokens N * T. Tokens that arrive k at a time share the
@@ -11,15 +12,15 @@ time since the previous ones.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from scheduler.plan import SchedulerStats
+from server.scheduler_metrics import SchedulerMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from engine.messages import Ready, SequenceOutput, StepOutput
     from scheduler.types import Request
@@ -39,7 +40,6 @@ REQUEST_BUCKETS = (
 STEP_TOKEN_BUCKETS = tuple(float(2**power) for power in range(15))
 TOKEN_BUCKETS = tuple(float(scale * 10**power) for power in range(6) for scale in (1, 2, 5))
 CHOICE_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
-MAX_LEVELS = 32  # label values of the queue's levels
 
 
 @dataclass(slots=True)
@@ -68,7 +68,6 @@ class Totals:
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    stats: SchedulerStats = field(default_factory=SchedulerStats)
 
 
 class Metrics:
@@ -79,7 +78,8 @@ class Metrics:
         self._model = model_name
         self._live: dict[str, RequestRecord] = {}
         self._ready: Ready | None = None
-        self._make_gauges()
+        self.scheduler = SchedulerMetrics(model_name)
+        self.registry.register(self.scheduler)
         self._make_counters()
         self._make_token_histograms()
         self._make_time_histograms()
@@ -119,6 +119,14 @@ class Metrics:
             self.finish(request_id, index, "abort")
         del self._live[request_id]
 
+    def count_refused(self, reason: str) -> None:
+        """One HTTP request was not taken. `reason` is one of a fixed few."""
+        self._refused.labels(self._model, reason).inc()
+
+    def forget(self, request_id: str) -> None:
+        """The engine did not take the request: its times, which are none, are not observed."""
+        self._live.pop(request_id, None)
+
     # The engine
 
     def on_ready(self, ready: Ready) -> None:
@@ -126,14 +134,14 @@ class Metrics:
         if self._ready is not None:
             self._restarts.inc()
         self._ready = ready
-        self._begin_again(ready.num_pages)
-        sizes = {"block_size": str(ready.page_size), "num_gpu_blocks": str(ready.num_pages)}
+        self.scheduler.begin_again(ready.num_pages)
+        sizes = (ready.page_size, ready.num_pages, ready.host_pages)
         self._cache_config.clear()
-        self._cache_config.labels(self._model, *sizes.values(), ready.dtype).set(1)
+        self._cache_config.labels(self._model, *map(str, sizes), ready.dtype).set(1)
 
     def on_lost(self) -> None:
         """The engine is gone, and its pages with it."""
-        self._begin_again(0)
+        self.scheduler.begin_again(0)
 
     def on_step(self, step: StepOutput) -> None:
         now = self._clock()
@@ -142,7 +150,7 @@ class Metrics:
         tokens = step.num_prompt_tokens + sum(len(output.tokens) for output in step.outputs)
         if tokens:
             self._iteration_tokens.observe(tokens)
-        self._observe_stats(step.stats)
+        self.scheduler.stats = step.stats
 
     def _observe_output(self, output: SequenceOutput, now: float) -> None:
         record = self._live.get(output.request_id)
@@ -188,40 +196,7 @@ class Metrics:
         self._decode.observe(times.last_token_s - times.first_token_s)
         self._inference.observe(times.last_token_s - started)
 
-    def _begin_again(self, num_pages: int) -> None:
-        """What an engine reports before its first step."""
-        idle = tuple(0 for _ in self.totals.stats.running_by_level)
-        self.totals.stats = SchedulerStats()
-        self._observe_stats(SchedulerStats(num_pages=num_pages, running_by_level=idle, waiting_by_level=idle))
-
-    def _observe_stats(self, stats: SchedulerStats) -> None:
-        before, self.totals.stats = self.totals.stats, stats
-        self._running.set(stats.num_running)
-        self._waiting.set(stats.num_waiting)
-        self._usage.set(stats.num_pages_held / stats.num_pages if stats.num_pages else 0.0)
-        free = stats.num_pages - stats.num_pages_held - stats.num_pages_cached
-        for state, pages in (
-            ("held", stats.num_pages_held),
-            ("cached", stats.num_pages_cached),
-            ("free", free),
-        ):
-            self._pages.labels(self._model, state).set(pages)
-        self._set_levels("running", stats.running_by_level)
-        self._set_levels("waiting", stats.waiting_by_level)
-        # max(): an engine that restarted begins again at zero, and a counter never falls
-        self._prefix_queries.inc(max(0, stats.prefix_query_tokens - before.prefix_query_tokens))
-        self._prefix_hits.inc(max(0, stats.prefix_hit_tokens - before.prefix_hit_tokens))
-        self._preemptions.inc(max(0, stats.num_preemptions - before.num_preemptions))
-        self._recomputed.inc(max(0, stats.recomputed_tokens - before.recomputed_tokens))
-
-    def _set_levels(self, state: str, counts: Sequence[int]) -> None:
-        for level, count in enumerate(counts[:MAX_LEVELS]):
-            self._levels.labels(self._model, str(level), state).set(count)
-
     # Declarations
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, ["model_name"], registry=self.registry).labels(self._model)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
@@ -231,42 +206,26 @@ class Metrics:
             self._model
         )
 
-    def _make_gauges(self) -> None:
-        self._running = self._gauge("vllm:num_requests_running", "Sequences that hold pages.")
-        self._waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait.")
-        self._usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages held by sequences, 0 to 1.")
+    def _make_counters(self) -> None:
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "Sizes of the KV cache, as labels.",
-            ["model_name", "block_size", "num_gpu_blocks", "dtype"],
+            ["model_name", "block_size", "num_gpu_blocks", "num_cpu_blocks", "dtype"],
             registry=self.registry,
         )
-        self._levels = Gauge(
-            "octavo:queue_sequences",
-            "Sequences per level of the feedback queue.",
-            ["model_name", "level", "state"],
-            registry=self.registry,
-        )
-        self._pages = Gauge(
-            "octavo:kv_pages", "KV pages by state.", ["model_name", "state"], registry=self.registry
-        )
-
-    def _make_counters(self) -> None:
-        self._prefix_queries = self._counter(
-            "vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."
-        )
-        self._prefix_hits = self._counter("vllm:prefix_cache_hits", "Tokens found in the prefix cache.")
-        self._preemptions = self._counter("vllm:num_preemptions", "Sequences that lost their pages.")
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that began.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
-        self._recomputed = self._counter(
-            "octavo:recomputed_tokens", "Tokens computed again after a preemption."
-        )
         self._restarts = self._counter("octavo:engine_restarts", "Engine processes that replaced a dead one.")
         self._success = Counter(
             "vllm:request_success",
             "Sequences that ended, by reason.",
             ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._refused = Counter(
+            "octavo:refused",
+            "HTTP requests that were not taken, by reason.",
+            ["model_name", "reason"],
             registry=self.registry,
         )
         self._http = Counter(

@@ -8,7 +8,7 @@ import msgspec
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from server.wire import requests, responses
+from server.wire import debug, requests, responses
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -33,6 +33,7 @@ ANSWERS: tuple[type[msgspec.Struct], ...] = (
     responses.ModelList,
     responses.Model,
     responses.ErrorEnvelope,
+    debug.SchedulerState,
 )
 
 

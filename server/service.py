@@ -19,8 +19,10 @@ from server.errors import ApiError, unavailable
 from server.metrics import Metrics
 from server.prompt import ChatTemplate, TemplateError, TemplateLimits, TemplateUnavailable
 from server.prompt_reader import PromptReader
+from server.refusals import Refusal, draining
 from server.sampling import SamplingDefaults, base_sampling, check_limits, check_max_tokens, fit_max_tokens
 from server.streams import Generation, TextOptions
+from server.tenants import TenantLimits
 from server.text_threads import TextThreads
 from server.tokenizer import Tokenizer
 from server.version import octavo_version
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from engine.client import EngineClient
     from engine.messages import Ready, StepOutput
     from scheduler.types import SamplingParams
+    from server.admission import Ticket
     from server.config import Config, ServerConfig
     from server.prompt_reader import Prompt
     from server.wire.fields import GenerationFields
@@ -44,6 +47,7 @@ class Job:
     """What a route asks for, in terms that completions and chat share."""
 
     id: str
+    tenant: str
     body: GenerationFields
     num_prompts: int
     num_choices: int  # per prompt
@@ -71,7 +75,10 @@ class Service:
         self.version = octavo_version()
         self.created_s = int(time.time())
         self.metrics = Metrics(self.model_name)
-        self.admission = Admission(scheduler.max_queued_requests + scheduler.max_num_seqs)
+        self.admission = Admission(
+            scheduler.max_queued_requests + scheduler.max_num_seqs,
+            tenants=TenantLimits(server.max_tenant_requests, server.tenant_tokens_per_minute),
+        )
         self.threads = TextThreads(server.num_text_threads, server.max_waiting_text_jobs)
         self._active: set[Generation] = set()
         self._known_ready: Ready | None = None
@@ -151,7 +158,7 @@ class Service:
         """Admit, tokenise and submit. The caller must `release` what it gets. Raises ApiError."""
         check_max_tokens(job.body, job.max_tokens, job.max_tokens_param)
         arrival_s = time.monotonic()
-        ticket = self.admission.reserve(job.num_prompts * job.num_choices)
+        ticket = self._reserve(job)
         try:
             prompts, sampling = await self.threads.run(lambda: self._prepare(job))
             self.check_ready()
@@ -167,10 +174,18 @@ class Service:
         except BaseException:
             ticket.close()
             raise
+        ticket.charge(sum(len(prompt.ids) for prompt in prompts))
         self._active.add(generation)
         generation.start()
         self._log_prompts(job, prompts)
         return generation
+
+    def _reserve(self, job: Job) -> Ticket:
+        try:
+            return self.admission.reserve(job.tenant, job.num_prompts * job.num_choices)
+        except Refusal as refusal:
+            self.metrics.count_refused(refusal.reason)
+            raise
 
     def release(self, generation: Generation) -> None:
         generation.close()
@@ -215,7 +230,7 @@ class Service:
                     arrival_s=arrival_s,
                     deadline_s=self._deadline_s(arrival_s, body.timeout_s),
                     priority=body.priority or 0,
-                    tenant=body.user or "",
+                    tenant=job.tenant,
                     cache_salt=body.cache_salt or "",
                 )
             )
@@ -284,7 +299,7 @@ class Service:
         """End whatever runs with an error."""
         self.admission.draining = True
         for generation in list(self._active):
-            generation.fail(unavailable("The server is shutting down.", 5, "draining"))
+            generation.fail(draining())
 
     async def _idle_within(self, timeout_s: float) -> bool:
         try:
@@ -312,7 +327,7 @@ class Service:
                 self._report(new_prompt / interval_s, new_output / interval_s)
 
     def _report(self, prompt_rate: float, output_rate: float) -> None:
-        stats = self.metrics.totals.stats
+        stats = self.metrics.scheduler.stats
         logs.info(
             "throughput",
             prompt_tokens_per_s=round(prompt_rate, 1),

@@ -131,7 +131,7 @@ def render(resolved: Resolved, *, show_secrets: bool = False) -> str:
         for setting in (s for s in SETTINGS.values() if s.section == section):
             value = value_of(resolved.config, setting)
             if setting.secret and value and not show_secrets:
-                value = (HIDDEN,)
+                value = (HIDDEN,) if setting.kind is tuple else HIDDEN
             origin = resolved.origins.get(setting.name)
             comment = f"  # {origin}" if origin and value != setting.default else ""
             lines.append(f"{setting.name} = {_toml(value)}{comment}")
@@ -268,14 +268,8 @@ def _as_value(setting: Setting, raw: object) -> object:
 
 
 def _check(setting: Setting, value: object) -> None:
-    if setting.secret and isinstance(value, tuple) and HIDDEN in value:
-        raise ValueError(f"filled in: {HIDDEN} is how --print-config masks it")
-    if (
-        setting.secret
-        and isinstance(value, tuple)
-        and any(not item or item != item.strip() for item in value)
-    ):
-        raise ValueError("a list without empty or space-padded items")
+    if setting.secret:
+        _check_secret(value)
     if setting.choices and value not in setting.choices:
         raise ValueError("one of " + ", ".join(setting.choices))
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -285,12 +279,30 @@ def _check(setting: Setting, value: object) -> None:
         raise ValueError(f"at least {setting.minimum:g}{top}")
 
 
+def _check_secret(value: object) -> None:
+    items = value if isinstance(value, tuple) else (value,)
+    if HIDDEN in items:
+        raise ValueError(f"filled in: {HIDDEN} is how --print-config masks it")
+    if isinstance(value, tuple) and any(not item or item != item.strip() for item in value):
+        raise ValueError("a list without empty or space-padded items")
+
+
+def _check_together(server: ServerConfig) -> None:
+    names, keys = server.api_key_names, server.api_keys
+    if names and (len(names) != len(keys) or not all(names)):
+        raise SettingsError(
+            f"api_key_names must name every key of api_keys: {len(names)} names, {len(keys)} keys"
+        )
+
+
 def _compose(values: Mapping[str, object]) -> Config:
     def part(section: str) -> dict[str, Any]:
         return {name: value for name, value in values.items() if SETTINGS[name].section == section}
 
     engine = replace(EngineConfig(), scheduler=SchedulerConfig(**part("scheduler")), **part("engine"))
-    return Config(server=ServerConfig(**part("server")), engine=engine)
+    server = ServerConfig(**part("server"))
+    _check_together(server)
+    return Config(server=server, engine=engine)
 
 
 def _section(config: Config, section: str) -> ServerConfig | EngineConfig | SchedulerConfig:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.types import FinishReason
 from server.detokenizer import IncrementalDetokenizer
-from server.errors import ApiError, invalid
+from server.errors import DEADLINE, ApiError
+from server.refusals import Refusal, engine_error
 from server.stops import StopMatcher
 
 if TYPE_CHECKING:
@@ -204,12 +205,23 @@ class Generation:
             self.num_cached += output.num_cached
         if self.readers[index].finish is None:
             self._slots.setdefault(index, Slot()).merge(output)
+        if output.tokens:
+            self._ticket.charge(len(output.tokens))
         if output.finish is not None:
-            self._ticket.release_one()
+            self._ticket.release_one(finished=output.refusal is None)
         if output.finish is FinishReason.ERROR:
-            self._metrics.finish(output.request_id, output.index, output.finish.value)
-            self.fail(_engine_error(output))
+            self._take_error(output, engine_error(output))
         self._news.set()
+
+    def _take_error(self, output: SequenceOutput, error: ApiError) -> None:
+        if output.refusal is None:
+            self._metrics.finish(output.request_id, output.index, FinishReason.ERROR.value)
+        elif output.index == 0:  # once per request: nothing of it was computed
+            self._metrics.forget(output.request_id)
+            self._ticket.charge(-len(self.requests[self._numbers[output.request_id]].prompt_ids))
+        if isinstance(error, Refusal) and self._failure is None:
+            self._metrics.count_refused(error.reason)
+        self.fail(error)
 
     def fail(self, error: ApiError) -> None:
         """End the request with an error, which `deltas` raises."""
@@ -217,12 +229,15 @@ class Generation:
         self._news.set()
 
     async def deltas(self, silence_s: float = 0.0) -> AsyncIterator[list[Delta]]:
-        """News until every choice has ended; an empty list after each silence. Raises ApiError."""
+        """News until every choice has ended; an empty list after each silence. Raises ApiError: that of a
+        failure, or the 504 if the deadline came before any token."""
         while self._unfinished:
             silent = await self._wait(silence_s)
             if self._failure is not None:
                 raise self._failure
             deltas = self._read()
+            if not self._unfinished and self._is_too_late():
+                raise DEADLINE
             if deltas or silent:
                 yield deltas
 
@@ -239,6 +254,10 @@ class Generation:
     @property
     def num_output_tokens(self) -> int:
         return sum(reader.num_tokens for reader in self.readers)
+
+    def _is_too_late(self) -> bool:
+        """The deadline ended it, and there is nothing to show."""
+        return not self.num_output_tokens and any(reader.finish == "deadline" for reader in self.readers)
 
     async def _wait(self, silence_s: float) -> bool:
         """Sleep until there is news or the deadline passed; True if it was silent for `silence_s`."""
@@ -290,10 +309,3 @@ class Generation:
         if request.sampling.prompt_logprobs is None or self._slots[index].finish is not None:
             return True
         return len(self.prompt_logprobs[number]) >= len(request.prompt_ids) - 1
-
-
-def _engine_error(output: SequenceOutput) -> ApiError:
-    cause = output.error or "no cause given"
-    if output.refused:
-        return invalid(f"The request cannot be computed: {cause}.", code="refused_by_engine")
-    return ApiError(500, f"The engine could not compute the request: {cause}.", code="engine_error")

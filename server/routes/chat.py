@@ -15,7 +15,7 @@ from server.errors import invalid
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import described
 from server.routes.bodies import read_body
-from server.routes.generation import answer, name_ignored, stream
+from server.routes.generation import answer, name_ignored, stream, tenant_of
 from server.service import Job, Service, new_id
 from server.wire.body import parse_body
 from server.wire.requests import ChatRequest
@@ -42,8 +42,8 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", **described(ChatRequest, ChatCompletion))
     async def create_chat_completion(request: Request) -> Response:
         body = await read_body(request, service, parse)
-        headers = name_ignored(request, body)
-        generation = await service.generate(_job(body))
+        headers = name_ignored(request, service, body)
+        generation = await service.generate(_job(tenant_of(request, body), body))
         view = ChatView(service, body, generation)
         if body.stream:
             return stream(request, service, generation, view.chunks_of, view.last, headers)
@@ -87,9 +87,10 @@ def _max_tokens(body: ChatRequest) -> int | None:
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
-def _job(body: ChatRequest) -> Job:
+def _job(tenant: str, body: ChatRequest) -> Job:
     return Job(
         id=new_id("chatcmpl"),
+        tenant=tenant,
         body=body,
         num_prompts=1,
         num_choices=body.n or 1,

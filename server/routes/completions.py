@@ -17,7 +17,7 @@ from server.logprobs import joined, legacy_logprobs, prompt_logprobs
 from server.openapi import described
 from server.prompt_reader import split_prompts
 from server.routes.bodies import read_body
-from server.routes.generation import answer, name_ignored, stream
+from server.routes.generation import answer, name_ignored, stream, tenant_of
 from server.service import Job, Service, new_id
 from server.streams import Delta, Generation, Piece
 from server.wire.body import parse_body
@@ -45,9 +45,9 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", **described(CompletionRequest, Completion))
     async def create_completion(request: Request) -> Response:
         body, raw = await read_body(request, service, parse)
-        headers = name_ignored(request, body)
+        headers = name_ignored(request, service, body)
         prompts: list[Prompt] = []
-        generation = await service.generate(_job(body, raw, prompts))
+        generation = await service.generate(_job(tenant_of(request, body), body, raw, prompts))
         view = CompletionView(service, body, generation, prompts)
         if body.stream:
             return stream(request, service, generation, view.chunks_of, view.last, headers)
@@ -73,7 +73,7 @@ def _check(body: CompletionRequest, max_logprobs: int, max_choices: int) -> None
         raise invalid("best_of cannot be streamed, unless it equals n.", "best_of")
 
 
-def _job(body: CompletionRequest, raw: list[RawPrompt], prompts: list[Prompt]) -> Job:
+def _job(tenant: str, body: CompletionRequest, raw: list[RawPrompt], prompts: list[Prompt]) -> Job:
     """`prompts` is filled while the prompts are read."""
 
     def read_prompts(reader: PromptReader) -> list[Prompt]:
@@ -89,6 +89,7 @@ def _job(body: CompletionRequest, raw: list[RawPrompt], prompts: list[Prompt]) -
     ]
     return Job(
         id=new_id("cmpl"),
+        tenant=tenant,
         body=body,
         num_prompts=len(raw),
         num_choices=body.best_of or body.n or 1,

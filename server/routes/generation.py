@@ -26,9 +26,17 @@ MAX_LOOP_ANSWER_TOKENS = 256  # with 20 alternatives each, a few milliseconds
 CLIENT_LEFT = Response(status_code=499)  # nobody reads it
 
 
-def name_ignored(request: Request, body: GenerationFields) -> dict[str, str]:
+def tenant_of(request: Request, body: GenerationFields) -> str:
+    """The name of the API key; without keys what the client says."""
+    tenant: str | None = getattr(request.state, "tenant", None)
+    return tenant if tenant is not None else body.user or ""
+
+
+def name_ignored(request: Request, service: Service, body: GenerationFields) -> dict[str, str]:
     """The header that names fields which mean nothing here, and one log line."""
     names = ignored_fields(body)
+    if body.priority is not None and service.config.engine.scheduler.policy != "priority":
+        names = sorted([*names, "priority"])
     if body.stream_options is not None:
         names += [f"stream_options.{name}" for name in ignored_fields(body.stream_options)]
     if not names:
@@ -51,8 +59,10 @@ async def answer(
         folded = await unless_client_leaves(request.receive, collect(generation))
         num_tokens = generation.num_output_tokens + sum(map(len, generation.prompt_logprobs))
         if num_tokens <= MAX_LOOP_ANSWER_TOKENS:
-            return json_response(whole(folded), headers)
-        return await service.threads.run(lambda: json_response(whole(folded), headers))
+            return json_response(whole(folded), headers | _limits(service, generation))
+        response = await service.threads.run(lambda: json_response(whole(folded), headers))
+        response.headers.update(_limits(service, generation))
+        return response
     except ClientLeft:
         return CLIENT_LEFT
     finally:
@@ -73,8 +83,12 @@ def stream(
         last,
         release=lambda: finish(request, service, generation),
         keep_alive_s=service.config.server.sse_keep_alive_s,
-        headers=headers,
+        headers=headers | _limits(service, generation),
     )
+
+
+def _limits(service: Service, generation: Generation) -> dict[str, str]:
+    return service.admission.tenants.headers(generation.requests[0].tenant)
 
 
 def finish(request: Request, service: Service, generation: Generation) -> None:

@@ -6,7 +6,7 @@ configuration or the model are checked in `server.sampling`, those of the API it
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -36,8 +36,6 @@ class StreamOptions(WireModel):
 
 
 class GenerationFields(WireModel):
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("priority",)  # no policy reads it
-
     model: str | None = None
     max_tokens: TokenCount | None = None
     n: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None

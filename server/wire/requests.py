@@ -59,7 +59,7 @@ class ResponseFormat(WireModel):
 
 
 class ChatRequest(GenerationFields):
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("priority", "add_special_tokens")
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("add_special_tokens",)
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: TokenCount | None = None

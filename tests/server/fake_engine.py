@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from engine.messages import Phase, Ready, SequenceOutput, StepOutput, TokenLogprobs
-from scheduler.plan import SchedulerStats
-from scheduler.types import FinishReason
+from scheduler.costs import CostModel
+from scheduler.plan import LevelStats, SchedulerStats
+from scheduler.snapshot import SequenceView, Snapshot, TenantView
+from scheduler.types import FinishReason, SequenceState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from engine.client import Sink
+    from scheduler.refusal import RefusalReason
     from scheduler.types import Request
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz"
@@ -49,7 +52,9 @@ class FakeEngine:
     max_model_len: int = 256
     tokens_per_step: int = 1
     stuck: bool = False  # accepts work and never answers
-    refusal: str | None = None  # ends every sequence at once: the request is at fault
+    error: str | None = None  # ends every sequence at once: the request is at fault
+    refusal: RefusalReason | None = None  # with an error: the scheduler's
+    retry_after_s: float = 0.0
     ready: Ready | None = None
     on_step: Callable[[StepOutput], None] | None = None
     requests: list[Request] = field(default_factory=list)
@@ -67,6 +72,9 @@ class FakeEngine:
             page_size=16,
             num_pages=NUM_PAGES,
             kv_bytes_per_token=1,
+            host_pages=0,
+            disk_pages=0,
+            costs=CostModel(),
             dtype="float32",
             device="cpu",
             phases=(Phase("load", 0.0),),
@@ -94,6 +102,16 @@ class FakeEngine:
         if self.sinks.pop(request_id, None) is not None and keys:
             self.aborts[request_id] = time.monotonic()
 
+    async def inspect(self, max_sequences: int) -> Snapshot:
+        if self.stuck:
+            await asyncio.Event().wait()
+        views = tuple(_view(live) for live in list(self.live.values())[:max_sequences])
+        names = sorted({view.tenant for view in views})
+        tenants = tuple(
+            TenantView(name, 1.0, 0.0, sum(view.tenant == name for view in views), 0) for name in names
+        )
+        return Snapshot("mlfq", self._stats(), views, tenants, 0, 7)
+
     async def died(self) -> str:
         assert self.dead is not None
         return await self.dead
@@ -116,25 +134,28 @@ class FakeEngine:
         begun = (live for live in self.live.values() if live.index == 0 and live.sent == 0)
         num_prompt_tokens = sum(len(live.request.prompt_ids) for live in begun)
         outputs = tuple(self._advance(live) for live in list(self.live.values()))
-        stats = SchedulerStats(
-            num_running=len(self.live),
-            num_pages=NUM_PAGES,
-            num_pages_held=len(self.live),
-            running_by_level=(len(self.live), 0),
-            waiting_by_level=(0, 0),
-        )
         if self.on_step is not None:
-            self.on_step(StepOutput(outputs, stats, num_prompt_tokens))
+            self.on_step(StepOutput(outputs, self._stats(), num_prompt_tokens))
         for output in outputs:
             sink = self.sinks.get(output.request_id)
             if sink is not None:
                 sink(output)
 
+    def _stats(self) -> SchedulerStats:
+        running = len(self.live)
+        levels = (LevelStats(0, num_running=running), LevelStats(1))
+        return SchedulerStats(num_running=running, num_pages=NUM_PAGES, num_pages_held=running, levels=levels)
+
     def _advance(self, live: Live) -> SequenceOutput:
         request, sampling = live.request, live.request.sampling
-        if self.refusal is not None:
-            ended = self._end(live, FinishReason.ERROR)
-            return msgspec.structs.replace(ended, error=self.refusal, refused=True)
+        if self.error is not None:
+            return msgspec.structs.replace(
+                self._end(live, FinishReason.ERROR),
+                error=self.error,
+                refused=True,
+                refusal=self.refusal,
+                retry_after_s=self.retry_after_s,
+            )
         if live.stop:
             return self._end(live, FinishReason.ABORT)
         if request.deadline_s is not None and time.monotonic() > request.deadline_s:
@@ -175,6 +196,26 @@ class FakeEngine:
         return (
             None if count is None else tuple(scored(token, -0.5, count) for token in request.prompt_ids[1:])
         )
+
+
+def _view(live: Live) -> SequenceView:
+    return SequenceView(
+        request_id=live.request.request_id,
+        index=live.index,
+        tenant=live.request.tenant,
+        state=SequenceState.RUNNING,
+        level=0,
+        head_start_s=None,
+        is_overdue=False,
+        age_s=time.monotonic() - live.request.arrival_s,
+        waiting_s=0.0,
+        num_tokens=len(live.request.prompt_ids) + live.sent,
+        num_computed=len(live.request.prompt_ids) + live.sent,
+        num_output=live.sent,
+        num_pages=1,
+        num_preemptions=0,
+        attained_s=0.0,
+    )
 
 
 def scored(token: int, logprob: float, count: int) -> TokenLogprobs:

@@ -89,12 +89,12 @@ def test_text_is_parsed_by_the_type_of_the_field(name: str, text: str, value: ob
         ("port", "", "port must be a whole number"),
         ("port", True, "port must be a whole number"),
         ("max_num_seqs", "0", "max_num_seqs must be at least 1"),
-        ("mlfq_quantum_s", "nan", "mlfq_quantum_s must be at least 0.001"),
+        ("static_quantum_s", "nan", "static_quantum_s must be at least 0.001"),
         ("request_timeout_s", "inf", "request_timeout_s must be at least 0"),
         ("max_num_seqs", "1e400", "max_num_seqs must be a whole number"),
         ("dtype", "int8", "dtype must be one of auto, bfloat16, float16, float32"),
         ("device", "tpu", "device must be one of auto, cpu, cuda"),
-        ("policy", "lifo", "policy must be one of mlfq, fcfs"),
+        ("policy", "lifo", "policy must be one of mlfq, mlfq-static, fcfs, priority, hrrn, srpt"),
         ("log_format", "xml", "log_format must be one of plain, json"),
         ("prefix_cache", "maybe", "prefix_cache must be true or false"),
         ("host", 3, "host must be a string"),
@@ -104,6 +104,9 @@ def test_text_is_parsed_by_the_type_of_the_field(name: str, text: str, value: ob
         ("api_keys", " , ", "api_keys must be a list without empty"),
         ("api_keys", [""], "api_keys must be a list without empty"),
         ("api_keys", ["a", "b "], "api_keys must be a list without empty"),
+        ("admin_key", HIDDEN, "admin_key must be filled in"),
+        ("max_tenant_requests", "-1", "max_tenant_requests must be at least 0"),
+        ("tenant_tokens_per_minute", "1e13", "tenant_tokens_per_minute must be at least 0 and at most 1e+12"),
     ],
 )
 def test_a_bad_value_names_its_setting(name: str, raw: object, message: str) -> None:
@@ -158,9 +161,17 @@ def test_unknown_variables_only_warn_and_empty_ones_are_unset() -> None:
     assert resolved.warnings == ("environment variable OCTAVO_PROT is no setting; did you mean OCTAVO_PORT?",)
 
 
+@pytest.mark.parametrize("names", ["a", "a,b,c", "a,,b,c", ["a", ""]])
+def test_there_is_a_name_for_every_key_or_none(names: object) -> None:
+    with pytest.raises(SettingsError, match="api_key_names must name every key of api_keys"):
+        load({"api_keys": "k1,k2", "api_key_names": names}, {})
+    assert load({"api_keys": "k1,k2", "api_key_names": "a,a"}, {}).server.api_key_names == ("a", "a")
+
+
 def test_secrets_are_never_repeated() -> None:
-    resolved = resolve({"api_keys": "hunter2"}, {})
+    resolved = resolve({"api_keys": "hunter2", "admin_key": "hunter2"}, {})
     assert "hunter2" not in render(resolved)
+    assert f'admin_key = "{HIDDEN}"' in render(resolved)
     assert "hunter2" in render(resolved, show_secrets=True)
     with pytest.raises(SettingsError) as caught:
         load({"api_keys": ["hunter2", 3]}, {})
@@ -201,6 +212,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 def test_any_configuration_prints_as_toml_that_loads_back(
     tmp_path_factory: pytest.TempPathFactory, flags: dict[str, object]
 ) -> None:
+    if flags.get("api_key_names"):
+        flags = {name: value for name, value in flags.items() if name not in ("api_keys", "api_key_names")}
     resolved = resolve(flags, {})
     path = tmp_path_factory.mktemp("printed") / "octavo.toml"
     path.write_text(render(resolved, show_secrets=True), encoding="utf-8")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from engine.config import EngineConfig
+from scheduler.config import SchedulerConfig
 from server.config import Config, ServerConfig
 from server.listener import bind, url_of
 from server.serve import http_server
@@ -87,8 +89,12 @@ class Running:
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(10)
 
 
-def make_service(engine: FakeEngine, tokenizer: ByteTokenizer | None = None, **settings: Any) -> Service:
-    config = Config(server=ServerConfig(**settings))
+def make_service(
+    engine: FakeEngine, tokenizer: ByteTokenizer | None = None, policy: str = "mlfq", **settings: Any
+) -> Service:
+    config = Config(
+        server=ServerConfig(**settings), engine=EngineConfig(scheduler=SchedulerConfig(policy=policy))
+    )
     checkpoint = SimpleNamespace(
         name=MODEL,
         eos_token_ids=(EOS,),

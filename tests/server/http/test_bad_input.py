@@ -178,7 +178,7 @@ def test_what_the_tokens_leave_over_is_taken(server: Running) -> None:
 
 
 def test_what_only_the_run_reveals_is_the_requests_fault_too() -> None:
-    with running(FakeEngine(refusal="the parameters allow no token here")) as server:
+    with running(FakeEngine(error="the parameters allow no token here")) as server:
         answer = server.post("/v1/completions", {"prompt": "hi"})
         assert answer.status_code == 400
         error = check_envelope(answer.json())

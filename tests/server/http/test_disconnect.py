@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from engine.messages import SequenceOutput
+from scheduler.types import FinishReason
 from server.metrics import Metrics
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
@@ -108,22 +111,46 @@ def test_deadline_without_a_token_is_504_and_with_some_keeps_them() -> None:
         assert not server.service._active
 
 
+def test_a_streamed_deadline_is_504_before_the_first_token_and_a_reason_after() -> None:
+    with running(FakeEngine(step_s=0.05)) as server:
+        body = {"prompt": "x", "max_tokens": 200, "timeout_s": 0.2, "stream": True}
+        streamed = server.post("/v1/completions", body)
+        assert streamed.status_code == 200
+        chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n")[:-2]]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "deadline"
+        assert 0 < len("".join(chunk["choices"][0]["text"] for chunk in chunks)) < 10
+        server.engine.stuck = True
+        late = server.post("/v1/completions", body)
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    with running(FakeEngine(stuck=True), sse_keep_alive_s=0.05) as server:  # the status is out by then
+        late = server.post("/v1/completions", body)
+        assert late.status_code == 200
+        assert json.loads(late.text.split("\n\n")[-3][6:])["error"]["code"] == "deadline_exceeded"
+
+
+@dataclass
+class Broken(FakeEngine):
+    """Fails every sequence after some tokens."""
+
+    good_tokens: int = 0
+
+    def _advance(self, live: Any) -> SequenceOutput:
+        if live.sent < self.good_tokens:
+            return super()._advance(live)
+        del self.live[live.request.request_id, live.index]
+        return SequenceOutput(live.request.request_id, live.index, (), FinishReason.ERROR, error="kaput")
+
+
 def test_engine_error_is_500_or_an_event() -> None:
-    from engine.messages import SequenceOutput
-    from scheduler.types import FinishReason
-
-    class Broken(FakeEngine):
-        def _advance(self, live: Any) -> SequenceOutput:
-            del self.live[live.request.request_id, live.index]
-            return SequenceOutput(live.request.request_id, live.index, (), FinishReason.ERROR, error="kaput")
-
     with running(Broken()) as server:
-        answer = server.post("/v1/completions", {"prompt": "x", "n": 2})
-        assert answer.status_code == 500
-        assert "kaput" in answer.json()["error"]["message"]
+        for extra in ({"n": 2}, {"stream": True}):
+            answer = server.post("/v1/completions", {"prompt": "x", **extra})
+            assert answer.status_code == 500
+            assert "kaput" in answer.json()["error"]["message"]
+        server.engine.good_tokens = 2  # type: ignore[attr-defined]
         streamed = server.post("/v1/completions", {"prompt": "x", "stream": True}).text.split("\n\n")
-        assert json.loads(streamed[0][6:])["error"]["code"] == "engine_error"
-        assert streamed[1] == "data: [DONE]"
+        assert json.loads(streamed[-3][6:])["error"]["code"] == "engine_error"
+        assert streamed[-2] == "data: [DONE]"
         assert server.service.admission.in_flight == 0
 
 
@@ -154,7 +181,7 @@ def test_per_token_cost_of_the_server_is_small() -> None:
             client=engine,
             tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
             metrics=Metrics("m"),
-            ticket=Admission(10).reserve(1),
+            ticket=Admission(10).reserve("", 1),
         )
         view = ChatView(service, body, generation)
         generation.start()

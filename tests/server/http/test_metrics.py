@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
+import msgspec
 import pytest
 
 from engine.messages import SequenceOutput, StepOutput
-from scheduler.plan import SchedulerStats
+from scheduler.plan import LevelStats, SchedulerStats, Tier, TierStats
+from scheduler.refusal import RefusalReason
 from server.metrics import Metrics
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
@@ -41,9 +42,10 @@ def test_count_identities() -> None:
     assert {name: metrics[f"vllm:{name}{LABEL}"] for name in expected} == expected
     assert metrics['vllm:request_success_total{finished_reason="length",model_name="org/fake"}'] == requests
     assert metrics[f"vllm:num_requests_running{LABEL}"] == 0
-    assert metrics['octavo:kv_pages{model_name="org/fake",state="free"}'] == 100
+    assert metrics['octavo:pages{model_name="org/fake",state="free",tier="device"}'] == 100
     info = (
-        'vllm:cache_config_info{block_size="16",dtype="float32",model_name="org/fake",num_gpu_blocks="100"}'
+        'vllm:cache_config_info{block_size="16",dtype="float32",model_name="org/fake",'
+        'num_cpu_blocks="0",num_gpu_blocks="100"}'
     )
     assert metrics[info] == 1
     handled = 'http_requests_total{handler="/v1/completions",method="POST",status="200"}'
@@ -92,25 +94,115 @@ def test_a_lost_engine_holds_nothing() -> None:
             num_waiting=2,
             num_pages=100,
             num_pages_held=9,
-            running_by_level=(1, 2),
-            waiting_by_level=(0, 2),
+            levels=(LevelStats(0, num_running=1), LevelStats(1, num_waiting=2, num_running=2)),
         )
         server.call(lambda: server.service._on_step(StepOutput((), busy)))
-        levels = 'octavo:queue_sequences{level="1",model_name="org/fake",state="waiting"}'
+        levels = 'octavo:level_sequences{level="1",model_name="org/fake",state="waiting"}'
         assert server.metrics()[levels] == 2
         server.engine.ready = None
         gauges = server.metrics()
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert gauges[f"vllm:{name}{LABEL}"] == 0
         assert gauges[levels] == 0
-        assert gauges['octavo:kv_pages{model_name="org/fake",state="held"}'] == 0
+        assert gauges['octavo:pages{model_name="org/fake",state="held",tier="device"}'] == 0
 
 
 def test_counters_survive_an_engine_that_begins_again_at_zero() -> None:
+    with running() as server:
+        first = server.engine.ready
+        assert first is not None
+        engines = [first, msgspec.structs.replace(first, dtype="bfloat16"), None]
+        preempted = 'octavo:level_preempted_total{level="2",model_name="org/fake"}'
+        seen = []
+        for engine, count in ((0, 3), (0, 5), (1, 1), (1, 4), (2, 0)):
+            server.engine.ready = engines[engine]
+            stats = SchedulerStats(
+                num_preempted_for_pages=count, levels=(LevelStats(2, num_preempted=count),)
+            )
+            if engines[engine] is not None:
+                server.call(partial(server.service._on_step, StepOutput((), stats)))
+            metrics = server.metrics()
+            seen.append((metrics[f"vllm:num_preemptions_total{LABEL}"], metrics[preempted]))
+        assert seen == [(3, 3), (5, 5), (6, 6), (9, 9), (9, 9)]
+
+
+def test_the_schedulers_stats_are_shown_under_their_names() -> None:
+    stats = SchedulerStats(
+        num_parked=1,
+        num_pages=100,
+        num_pages_held=20,
+        num_pages_cached=30,
+        num_preempted_for_places=2,
+        num_preempted_for_pages=3,
+        num_resumed_kept=4,
+        num_resumed_fetched=5,
+        num_resumed_recomputed=6,
+        recomputed_tokens=7,
+        num_pages_up=8,
+        num_overdue=9,
+        longest_pause_s=1.5,
+        backlog_s=2.5,
+        head_start_gamma=0.5,
+        levels=(LevelStats(3, 1, 2, 3, 4, 5, 6, 7, 8.5),),
+        tiers=(TierStats(Tier.HOST, 50, 10, 4, 12, 1), TierStats(Tier.DISK, 9, 8, 2, 13, 2)),
+    )
     metrics = Metrics("m")
-    for preemptions in (3, 5, 1, 4):
-        metrics.on_step(StepOutput((), replace(SchedulerStats(), num_preemptions=preemptions)))
-    assert metrics.registry.get_sample_value("vllm:num_preemptions_total", {"model_name": "m"}) == 8
+    metrics.on_step(StepOutput((), stats))
+    value = metrics.registry.get_sample_value
+    expected = {
+        ("parked_sequences", ()): 1,
+        ("preemptions_total", (("reason", "places"),)): 2,
+        ("preemptions_total", (("reason", "pages"),)): 3,
+        ("resumed_total", (("kind", "kept"),)): 4,
+        ("resumed_total", (("kind", "fetched"),)): 5,
+        ("resumed_total", (("kind", "recomputed"),)): 6,
+        ("recomputed_tokens_total", ()): 7,
+        ("overdue_total", ()): 9,
+        ("longest_pause_seconds", ()): 1.5,
+        ("backlog_seconds", ()): 2.5,
+        ("head_start_gamma", ()): 0.5,
+        ("level_sequences", (("level", "3"), ("state", "waiting"))): 1,
+        ("level_sequences", (("level", "3"), ("state", "running"))): 2,
+        ("level_entered_total", (("level", "3"),)): 3,
+        ("level_demoted_total", (("level", "3"),)): 4,
+        ("level_promoted_total", (("level", "3"),)): 5,
+        ("level_preempted_total", (("level", "3"),)): 6,
+        ("level_seated_total", (("level", "3"),)): 7,
+        ("level_waited_seconds_total", (("level", "3"),)): 8.5,
+        ("pages", (("tier", "device"), ("state", "held"))): 20,
+        ("pages", (("tier", "device"), ("state", "cached"))): 30,
+        ("pages", (("tier", "device"), ("state", "free"))): 50,
+        ("pages", (("tier", "host"), ("state", "used"))): 10,
+        ("pages", (("tier", "host"), ("state", "busy"))): 4,
+        ("pages", (("tier", "host"), ("state", "free"))): 36,
+        ("pages", (("tier", "disk"), ("state", "free"))): 0,
+        ("pages_copied_total", (("to", "device"),)): 8,
+        ("pages_copied_total", (("to", "host"),)): 12,
+        ("pages_copied_total", (("to", "disk"),)): 13,
+        ("page_copies_failed_total", (("to", "host"),)): 1,
+        ("page_copies_failed_total", (("to", "disk"),)): 2,
+    }
+    shown = {
+        (name, labels): value(f"octavo:{name}", {"model_name": "m", **dict(labels)})
+        for name, labels in expected
+    }
+    assert shown == expected
+    assert value("vllm:num_preemptions_total", {"model_name": "m"}) == 5
+
+
+def test_a_refused_request_is_counted_once_and_observed_nowhere() -> None:
+    engine = FakeEngine(error="1024 requests wait", refusal=RefusalReason.QUEUE_FULL)
+    with running(engine) as server:
+        for _ in range(3):
+            assert server.post("/v1/completions", {"prompt": ["x", "y"], "n": 2}).status_code == 429
+        metrics = server.metrics()
+        assert metrics['octavo:refused_total{model_name="org/fake",reason="queue_full"}'] == 3
+        assert metrics[f"vllm:e2e_request_latency_seconds_count{LABEL}"] == 0
+        assert not any(name.startswith("vllm:request_success") for name in metrics)
+        assert not server.service.metrics._live
+        engine.error = None
+        server.complete(max_tokens=2)
+        assert server.metrics()[f"vllm:e2e_request_latency_seconds_count{LABEL}"] == 1
 
 
 def test_label_cardinality_is_bounded(server: Running) -> None:

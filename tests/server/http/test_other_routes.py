@@ -123,6 +123,13 @@ def test_fields_without_effect_are_named(server: Running) -> None:
     assert ignored("/v1/chat/completions", messages) is None
 
 
+def test_priority_has_an_effect_under_its_policy() -> None:
+    with running(policy="priority") as server:
+        answer = server.post("/v1/completions", {"prompt": "hi", "priority": -7, "zz": 1})
+        assert answer.headers["x-octavo-ignored-fields"] == "zz"
+        assert server.engine.requests[-1].priority == -7
+
+
 def test_large_bodies_and_answers_do_not_run_on_the_loop(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
