@@ -3,6 +3,7 @@
 A copy reads its source and writes its target at some time between its start and its end; here at a random
 one of the two, and the target holds rubbish meanwhile. So content that is overwritten while it is
 read, or read before it is there, is noticed by the runner, which knows what every slot must hold.
+A page of the disk that could not be read is damaged until it is written again.
 """
 
 from __future__ import annotations
@@ -33,9 +34,12 @@ class FakeTiers:
         self._failing = failing
         self._slowness = slowness
         self._under_way: list[tuple[Copy, Content | None]] = []
+        self.damaged: set[int] = set()  # pages of the disk
 
     def start(self, copies: tuple[Copy, ...]) -> None:
         for copy in copies:
+            if copy.target is Tier.DISK:
+                self.damaged.discard(copy.target_page)
             content = self._read(copy) if self._rng.random() < 0.5 else None
             self.pages[copy.target, copy.target_page] = [RUBBISH] * self._page_size
             self._under_way.append((copy, content))
@@ -49,6 +53,8 @@ class FakeTiers:
             ok = self._rng.random() >= self._failing
             if ok:
                 self.pages[copy.target, copy.target_page] = self._read(copy) if content is None else content
+            elif copy.source is Tier.DISK:
+                self.damaged.add(copy.source_page)
             ended.append(Copied(copy.number, ok))
         return ended
 

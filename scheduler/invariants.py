@@ -79,8 +79,21 @@ def check_decisions(
         late_s = sequence.arrival_s - min(same_tenant, default=float("inf"))
         bound_s = scheduler._policy.max_head_start_s
         assert late_s <= bound_s + 1e-9, f"overtaken by someone {late_s} s younger; the bound is {bound_s}"
+    for sequence in places.waiting:
+        paused_s = scheduler._clock() - sequence.waiting_since_s if sequence.num_preemptions else 0.0
+        too_long = paused_s > scheduler.config.max_pause_s
+        assert sequence.is_overdue or not too_long, f"{sequence.seq_id} paused for {paused_s} s"
     _check_shared(scheduler, plan)
     _check_copies(scheduler, plan)
+
+
+def check_entered(scheduler: Scheduler, tenant: str, served_before: dict[str, float]) -> None:
+    """After a request of the tenant was accepted: who comes to those that stayed (`served_before`: the
+    counters of the active tenants) brings no claim from before."""
+    entered = scheduler._tenants.active.get(tenant)
+    if served_before and tenant not in served_before and entered is not None:
+        least = min(served_before.values())
+        assert entered.served_s >= least, f"tenant {tenant!r} comes with {entered.served_s} s, not {least} s"
 
 
 def _check_shared(scheduler: Scheduler, plan: StepPlan) -> None:

@@ -21,7 +21,7 @@ from scheduler.config import POLICIES, VICTIMS, SchedulerConfig
 from scheduler.costs import CostModel
 from scheduler.fake_runner import METHODS, VOCABULARY, FakeRunner, true_output
 from scheduler.fake_tiers import FakeTiers
-from scheduler.invariants import check, check_decisions, check_empty
+from scheduler.invariants import check, check_decisions, check_empty, check_entered
 from scheduler.plan import Advance, Tier
 from scheduler.refusal import RequestRefused
 from scheduler.scheduler import Scheduler
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from scheduler.plan import Progress, StepPlan
 
 MAX_MODEL_LEN = 48
+_MAX_STEM = 24  # tokens of a beginning that requests share
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,8 @@ class Simulation:
         self._let_arrive()
         self._maybe_abort()
         scheduler.copied(self._tiers.finished())
+        offered = set(scheduler._tiers.disk.page_of.values())
+        assert self._tiers.damaged.isdisjoint(offered), "a damaged page of the disk is offered again"
         self._receive(scheduler.expire())
         running = set(scheduler._places.running)
         waiting = {piece.seq_id for piece in scheduler._places.waiting}
@@ -188,6 +191,7 @@ class Simulation:
             self._clock.advance(max(0.0, self._arrivals[0].arrival_s - self._clock()))
         while self._arrivals and self._arrivals[0].arrival_s <= self._clock():
             request = self._arrivals.pop(0)
+            served = {tenant.name: tenant.served_s for tenant in self._scheduler._tenants.active.values()}
             try:
                 self._scheduler.add(request)
             except RequestRefused as refusal:
@@ -195,6 +199,7 @@ class Simulation:
             else:
                 self._ledger.accept(request)
                 check(self._scheduler)
+                check_entered(self._scheduler, request.tenant, served)
 
     def _maybe_abort(self) -> None:
         if not self._ledger.requests or self._rng.random() >= self._faults.aborts:
@@ -258,7 +263,7 @@ class Simulation:
 def draw_config(rng: random.Random, policy: str) -> SchedulerConfig:
     page_size = rng.choice((1, 2, 4, 8))
     least = -(-MAX_MODEL_LEN // page_size)
-    host_pages = rng.choice((0, 0, least // 2, least * 4))
+    host_pages = rng.choice((0, least // 4, least // 2, least * 4))
     return SchedulerConfig(
         policy=policy,
         page_size=page_size,
@@ -290,8 +295,8 @@ def draw_costs(rng: random.Random) -> CostModel:
         slice_s=0.001,
         token_s=rng.choice((0.0001, 0.003)),
         pair_s=1e-6,
-        host_page_s=rng.choice((0.0, 1e-4, 0.1)),
-        disk_page_s=rng.choice((1e-4, 0.1)),
+        host_page_s=rng.choice((0.0, 0.0, 1e-4, 0.1)),
+        disk_page_s=rng.choice((0.0, 1e-4, 0.1)),
     )
 
 
@@ -307,13 +312,14 @@ def draw_faults(rng: random.Random) -> Faults:
 
 
 def draw_requests(rng: random.Random, now_s: float) -> list[Request]:
-    """Requests by arrival, of which many begin alike."""
-    stems = [tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 24))) for _ in range(2)]
+    """Requests by arrival, of which many begin alike, and some come back to what was asked long before."""
+    stems = [tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, _MAX_STEM))) for _ in range(2)]
     gap_s = rng.choice((0.001, 0.05, 0.5))
     requests = []
     for number in range(rng.randint(1, 14)):
         now_s += rng.expovariate(1.0 / gap_s)
         requests.append(draw_request(rng, number, now_s, rng.choice(stems)))
+        stems.append(requests[-1].prompt_ids[:_MAX_STEM])
     return requests
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -122,7 +123,7 @@ def test_srpt_rises_as_it_is_served_and_is_asked_again_in_time() -> None:
         levels.append(policy.level(replace(work, num_output=min(num_output, 999))))
         asked += 1
     assert levels == sorted(levels, reverse=True)
-    assert max(before - after for before, after in zip(levels, levels[1:], strict=False)) <= 8
+    assert max(before - after for before, after in pairwise(levels)) <= 8
     assert asked < 100  # a tenth of what is left at a time: not at every token
 
 
