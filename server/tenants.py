@@ -98,8 +98,10 @@ class TenantLimits:
 
     def charge(self, tenant: str, tokens: int) -> None:
         """Take tokens from the bucket; a negative number gives them back."""
+        if not self._capacity:
+            return
         account = self._find(tenant)
-        if self._capacity and account is not None:
+        if account is not None:
             self._refill(account)
             account.tokens = min(self._capacity, account.tokens - tokens)
 

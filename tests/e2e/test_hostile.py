@@ -30,7 +30,7 @@ PATHS = (COMPLETIONS, CHAT, "/tokenize", "/detokenize")
 def pages_held(daemon: Daemon) -> float:
     with daemon.client() as client:
         lines = client.get("/metrics").text.splitlines()
-    (held,) = [line for line in lines if line.startswith("octavo:kv_pages") and 'state="held"' in line]
+    (held,) = [line for line in lines if line.startswith("octavo:pages{") and 'state="held"' in line]
     return float(held.rsplit(" ", 1)[1])
 
 
