@@ -141,8 +141,7 @@ class Scheduler:
         preempted = tuple(self._places.preempted)
         self._places.preempted.clear()
         self._num_steps += 1
-        computing = [(self._sequences[piece.seq_id], piece.start) for piece in slices]
-        shared = shared_pages(self._tables, computing, self.config.min_shared_tokens)
+        shared = shared_pages(self._tables, self._sequences, slices, self.config.min_shared_tokens)
         plan = StepPlan(self._num_steps, tuple(slices), preempted, self._tiers.take_copies(), shared)
         self._in_flight = plan if slices else None
         return plan
@@ -276,6 +275,8 @@ class Scheduler:
 
     def _note_first_service(self, slices: list[Slice]) -> None:
         for piece in slices:
+            if piece.first_new_page:
+                continue  # it has a table
             sequence = self._sequences[piece.seq_id]
             if sequence.first_scheduled_s is None:
                 sequence.first_scheduled_s = self._clock()
@@ -364,7 +365,8 @@ class Scheduler:
         self._tenants.leave(sequence.request.tenant)
         if finish in _LEARNT_FROM:
             natural = finish is FinishReason.STOP
-            self.lengths.observe(sequence.tenant, sequence.prompt_len, sequence.num_output, natural)
+            if self._policy.lengths is None:
+                self.lengths.observe(sequence.tenant, sequence.prompt_len, sequence.num_output, natural)
             self._policy.learn(sequence, natural)
         del self._sequences[sequence.seq_id]
         del choices.live[sequence.index]

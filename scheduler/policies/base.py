@@ -7,7 +7,10 @@ served; the key of a level may change at any time (a ratio that grows with waiti
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from scheduler.lengths import Lengths
 
 
 class Work(Protocol):
@@ -66,6 +69,11 @@ class Policy(Protocol):
     @property
     def gamma(self) -> float:
         """Per second, where the policy weighs waiting against size; else 0."""
+        ...
+
+    @property
+    def lengths(self) -> Lengths | None:
+        """The output lengths that it learns from, and feeds; None if it needs none."""
         ...
 
     def level(self, work: Work) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NUM_LEVELS = 40  # the lowest begins at about 700,000 output tokens
 LEVELS_PER_DOUBLING = 2
+MAX_EDGES_AHEAD = 8
 SHORTEST_S = 1e-9  # whatever the cost model says, a token takes some time
 TYPICAL_PROMPT = 1024  # tokens; sets gamma before anything was seen
 TYPICAL_QUEUEING = 2.0  # time in the system per time with a place, near capacity
@@ -74,12 +75,19 @@ class LearnedFeedbackQueue:
         return self._w(work, work.num_left, work.num_output)
 
     def level(self, work: Work) -> int:
-        doublings = math.log2(max(self.w(work) / self._lowest_s, 1.0))
-        return min(int(doublings * LEVELS_PER_DOUBLING), NUM_LEVELS - 1)
+        return self._level_of(self.w(work))
 
     def next_change(self, work: Work) -> float:
-        edge = self._lengths.index(work.tenant, work.prompt_len).next_edge(work.num_output)
-        return math.inf if edge is None or edge >= work.max_output else edge
+        """At most a few edges ahead: what is learned meanwhile may move the later ones."""
+        index = self._lengths.index(work.tenant, work.prompt_len)
+        edge: int | None = work.num_output
+        for _ in range(MAX_EDGES_AHEAD):
+            edge = index.next_edge(edge)
+            if edge is None or edge >= work.max_output:
+                return math.inf
+            if self._level_of(self._w(work, 0, edge)) != work.level:
+                break
+        return edge
 
     def key(self, level: int, arrival_s: float) -> float:
         return arrival_s - self._head_starts_s[level]
@@ -87,9 +95,13 @@ class LearnedFeedbackQueue:
     def learn(self, work: Work, natural: bool) -> None:
         if self._tail and (natural or work.num_output >= work.max_output):
             w_on_arrival = self._w(work, num_left=work.prompt_len, num_output=0)
-            if self._tail.add(self._clock() - work.arrival_s, w_on_arrival):
+            if self._tail.add(self._clock() - work.arrival_s, w_on_arrival, work.attained_s):
                 self._use(self._tail.gamma)
         self._lengths.observe(work.tenant, work.prompt_len, work.num_output, natural)
+
+    def _level_of(self, w: float) -> int:
+        doublings = math.log2(max(w / self._lowest_s, 1.0))
+        return min(int(doublings * LEVELS_PER_DOUBLING), NUM_LEVELS - 1)
 
     def _w(self, work: Work, num_left: int, num_output: int) -> float:
         context = work.prompt_len + num_output

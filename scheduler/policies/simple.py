@@ -20,6 +20,7 @@ class _Simple:
     preemptive = False
     max_head_start_s = math.inf
     gamma = 0.0
+    lengths = None
 
     def level(self, work: Work) -> int:
         return 0

@@ -1,52 +1,106 @@
 """gamma, the one knob of the learned levels, adapted to what is seen.
 
-If P(time in system > t) falls like exp(-gamma t) under first come first served, head starts made with that
-gamma are the best for the far tail (Yu and Scully, "Strongly tail-optimal scheduling in the light-tailed
-M/G/1", 2024); a smaller one favours the mean. Real arrivals are too bursty for the far tail to be seen in
-time, so gamma is set by what head starts do: those of two sequences differ by about (1/gamma) times the
-difference of their ln w, which is how far one is let past the other. Made a fixed share of the mean time in
-the system, this keeps the 99th percentile near that of first come first served, on chat and on heavy-tailed
-work alike:
+Head starts move delay between sequences and make none: near capacity, one of head start H comes later than
+under first come first served by about
 
-    spread of ln w / gamma = SHARE * mean time in the system
+    D = (mean of all head starts, each weighted with the service it stands for) - H
 
-The mean is a slow one, so that gamma does not follow a burst: the large head starts that a burst asks
-for would reach exactly those who waited longest. It does not run away: a gamma that is too small lowers the
-mean, which raises gamma again. And it has no scale: on a machine that is 20 times slower gamma becomes 20
-times smaller.
+With head starts of (1/gamma) ln(1/w) that is z / gamma, where z = ln w - (mean of ln w weighted with service).
+A tail of times that falls like exp(-t / tau) is moved, by delays D that do not depend on t, to the right by
+
+    tau ln E[exp(D / tau)] = tau ln E[exp(z / (gamma tau))]
+
+the mean being over sequences. (Minimising this is what the boost of Yu and Scully does.) Weaker head starts
+than a certain strength u = 1 / (gamma tau) make the tail shorter, stronger ones longer; gamma is chosen for
+that strength, where the far tail is that of first come first served:
+
+    E[exp(u z)] = 1,    gamma = 1 / (u tau)
+
+Real times have no exponential tail, least of all with bursts; tau is taken as a share of their 99th
+percentile. Times and sizes are slow averages, so that gamma does not follow a burst: the large head starts that
+a burst asks for would reach exactly those who waited longest. Nothing here has a scale: on a machine that is
+20 times slower gamma becomes 20 times smaller.
 """
 
 from __future__ import annotations
 
 import math
 
-SHARE = 0.5  # replays of chat and code near capacity: more brings the p99 above 1.15 times that of fcfs
+TAIL = 0.99
+TAU = 0.13  # of that quantile; in replays near capacity 0.15 brings the p99 above 1.15 times that of fcfs
 HALF_LIFE = 8000.0  # sequences that ended
-PRIOR_WEIGHT = 50.0  # sequences that what is expected counts for
-EXPECTED_SPREAD = 1.0  # standard deviation of ln w among arrivals; 0.4 for chat, 1 for code
-MIN_SPREAD = 0.2  # equal sequences need no head starts, and get no huge ones
-MAX_FACTOR = 1000.0  # between the expected mean time and what is believed of it
-MAX_OUTLIER = 20.0  # one time counts for at most this many means
+PRIOR_WEIGHT = 100.0  # sequences that the expected strength counts for
+PRIOR_TAIL_WEIGHT = 10.0  # sequences that the expected tail counts for: 1 % of the first thousand
+EXPECTED_TAIL = 3.0  # 99th percentile over mean, before anything was seen
+EXPECTED_STRENGTH = 2.0
+MAX_STRENGTH = 6.0
+UPDATE_EVERY = 50  # sequences
 MIN_CHANGE = 0.1  # relative; smaller ones are not worth new head starts
+
+_HALVINGS = 12
+_BINS_PER_DOUBLING = 6
+_LOWEST = -30  # 2**-30 s, and everything below
+_NUM_BINS = 60 * _BINS_PER_DOUBLING
+
+
+class _LogHistogram:
+    """Weights by the logarithm of a time."""
+
+    def __init__(self) -> None:
+        self._weights = [0.0] * _NUM_BINS
+
+    def add(self, seconds: float, weight: float) -> None:
+        number = int((math.log2(max(seconds, 1e-12)) - _LOWEST) * _BINS_PER_DOUBLING)
+        self._weights[min(max(number, 0), _NUM_BINS - 1)] += weight
+
+    def scale(self, factor: float) -> None:
+        self._weights = [weight * factor for weight in self._weights]
+
+    def quantile(self, share: float) -> float:
+        left = share * math.fsum(self._weights)
+        for number, weight in enumerate(self._weights):
+            left -= weight
+            if left <= 0.0 and weight:
+                return self._middle(number)
+        return self._middle(_NUM_BINS - 1)
+
+    def logs(self) -> list[tuple[float, float]]:
+        """(ln of the time, weight) of what is there; the weights add up to 1."""
+        total = math.fsum(self._weights)
+        return [
+            (math.log(self._middle(number)), weight / total)
+            for number, weight in enumerate(self._weights)
+            if weight
+        ]
+
+    @staticmethod
+    def _middle(number: int) -> float:
+        return float(2.0 ** ((number + 0.5) / _BINS_PER_DOUBLING + _LOWEST))
 
 
 class TailRate:
     def __init__(self, expected_s: float) -> None:
         """`expected_s`: the mean time in the system, as far as it can be told before anything was seen."""
-        self._shortest_s, self._longest_s = expected_s / MAX_FACTOR, expected_s * MAX_FACTOR
-        self._mean_s = expected_s
-        self._mean_ln_w: float | None = None
-        self._variance = EXPECTED_SPREAD**2
-        self._weight = PRIOR_WEIGHT
+        self._times, self._sizes, self._service = _LogHistogram(), _LogHistogram(), _LogHistogram()
+        self._num_seen = 0
+        self._newest = 1.0  # the weight of the newest observation; older ones weigh less and less
+        self._times.add(EXPECTED_TAIL * expected_s, PRIOR_TAIL_WEIGHT)
         self.gamma = self._wanted()
 
-    def add(self, time_s: float, w: float) -> bool:
-        """A sequence ended `time_s` after its arrival, when it had been at `w` seconds. Returns whether
-        `gamma`, per second, was changed."""
-        self._weight = self._weight * 2.0 ** (-1.0 / HALF_LIFE) + 1.0
-        mean_s = self._mean_s + (min(time_s, MAX_OUTLIER * self._mean_s) - self._mean_s) / self._weight
-        self._mean_s = min(max(mean_s, self._shortest_s), self._longest_s)
-        self._learn_spread(math.log(w))
+    def add(self, time_s: float, w: float, service_s: float) -> bool:
+        """A sequence ended `time_s` after its arrival, when it had been at `w` seconds; `service_s` were
+        attributed to it. Returns whether `gamma`, per second, was changed."""
+        self._newest *= 2.0 ** (1.0 / HALF_LIFE)
+        self._times.add(time_s, self._newest)
+        self._sizes.add(w, self._newest)
+        self._service.add(w, self._newest * service_s)
+        self._num_seen += 1
+        if self._num_seen % UPDATE_EVERY:
+            return False
+        if self._newest > 1e6:
+            for histogram in (self._times, self._sizes, self._service):
+                histogram.scale(1.0 / self._newest)
+            self._newest = 1.0
         gamma = self._wanted()
         if abs(gamma - self.gamma) <= MIN_CHANGE * self.gamma:
             return False
@@ -54,9 +108,18 @@ class TailRate:
         return True
 
     def _wanted(self) -> float:
-        return max(math.sqrt(self._variance), MIN_SPREAD) / (SHARE * self._mean_s)
+        trust = self._num_seen / (self._num_seen + PRIOR_WEIGHT)
+        strength = (1.0 - trust) * EXPECTED_STRENGTH + (trust * self._strength() if trust else 0.0)
+        return 1.0 / (strength * TAU * self._times.quantile(TAIL))
 
-    def _learn_spread(self, ln_w: float) -> None:
-        before = ln_w if self._mean_ln_w is None else self._mean_ln_w
-        self._mean_ln_w = before + (ln_w - before) / self._weight
-        self._variance += ((ln_w - before) * (ln_w - self._mean_ln_w) - self._variance) / self._weight
+    def _strength(self) -> float:
+        """The u > 0 with E[exp(u z)] = 1. The left side is 1 at 0, falls at first and is convex; without
+        any spread of z it stays 1, and the strength does not matter."""
+        middle = math.fsum(log * weight for log, weight in self._service.logs())
+        sizes = [(log - middle, weight) for log, weight in self._sizes.logs()]
+        low, high = 0.0, MAX_STRENGTH
+        for _ in range(_HALVINGS):
+            u = (low + high) / 2
+            moved = math.fsum(weight * math.exp(u * z) for z, weight in sizes)
+            low, high = (u, high) if moved <= 1.0 else (low, u)
+        return (low + high) / 2

@@ -2,10 +2,11 @@
 
 The work of a request is the service attributed to it: its prefill in chunks of the step budget, and one
 output token at a time. A slice is charged its own cost and a share of the step's fixed cost, 1 / places; so a
-step with every place taken lasts exactly as long as the work in it. The capacity of a machine is therefore
-one second of work per second, and the offered load of a trace is its work over its duration, per machine.
-Places that stay empty while prompts are computed make the attainable rate lower than that: by under 1 % where
-outputs are long, by some 7 % for prompts of 2,048 tokens with 28 out and 64 places.
+step with every place taken lasts exactly as long as the work in it. `offered_load` compares that with time.
+Places that stay empty while prompts are computed make the attainable rate lower than one second of work per
+second: by under 1 % where outputs are long, by some 7 % for prompts of 2,048 tokens with 28 out and 64 places.
+So the load that is asked for is measured (run.py): at 1, requests arrive for as long as the machines need to
+serve all of them in the order of arrival when none has to be waited for.
 """
 
 from __future__ import annotations
@@ -80,14 +81,18 @@ def fitted(trace: Trace, machine: Machine) -> Trace:
     return trace.changed(requests, f"{count:,} requests cut to {most:,} tokens") if count else trace
 
 
-def scaled(trace: Trace, machine: Machine, load: float, machines: int = 1) -> Trace:
-    """Arrival times are stretched so that the offered load is `load`."""
-    now = offered_load(trace, machine, machines)
-    if now == float("inf"):
+def stretched(trace: Trace, duration_s: float, why: str) -> Trace:
+    """Arrival times, multiplied so that the last is at `duration_s`."""
+    now_s = trace.requests[-1].arrival_s
+    if not now_s:
         raise LoadError(f"{trace.name}: all requests arrive at once, no load can be set")
-    factor = now / load
+    factor = duration_s / now_s
     spread = (replace(request, arrival_s=request.arrival_s * factor) for request in trace.requests)
-    return trace.changed(spread, f"arrival times x {factor:.4g} for a load of {load:g}")
+    return trace.changed(spread, f"arrival times x {factor:.4g} {why}")
+
+
+def at_once(trace: Trace) -> Trace:
+    return trace.changed((replace(request, arrival_s=0.0) for request in trace.requests), "all at once")
 
 
 def with_burst(trace: Trace, machine: Machine, machines: int = 1) -> Trace:

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from scheduler.config import SchedulerConfig
 from scheduler.lengths import Lengths
 from scheduler.policies import make_policy
-from scheduler.replay.load import clipped, divided, fitted, offered_load, routed, scaled, with_burst
+from scheduler.replay.load import at_once, clipped, divided, fitted, routed, stretched, with_burst
 from scheduler.replay.replica import Replica
 from scheduler.replay.report import report
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from scheduler.clock import Clock
-    from scheduler.config import SchedulerConfig
     from scheduler.machine import Machine
     from scheduler.policies import Policy
     from scheduler.replay.report import Report
@@ -42,10 +42,18 @@ class Shaping:
             trace = clipped(trace, self.clip_output)
         trace = fitted(trace, machine)
         if self.load:
-            trace = scaled(trace, machine, self.load, machines)
+            busy_s = saturated_s(trace, machine, machines)
+            trace = stretched(trace, busy_s / self.load, f"for a load of {self.load:g}")
         if self.burst:
             trace = with_burst(trace, machine, machines)
-        return trace.changed(trace.requests, f"offered load {offered_load(trace, machine, machines):.3f}")
+        return trace
+
+
+def saturated_s(trace: Trace, machine: Machine, machines: int) -> float:
+    """How long the machines take to serve the trace in the order of arrival when all of it waits at once."""
+    return replay(
+        at_once(trace), machine, SchedulerConfig(policy="fcfs"), machines=machines
+    ).report.duration_s
 
 
 @dataclass(frozen=True, slots=True)

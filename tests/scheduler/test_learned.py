@@ -14,7 +14,7 @@ from scheduler.length_histogram import EDGES
 from scheduler.lengths import Lengths
 from scheduler.policies.base import Policy
 from scheduler.policies.learned import NUM_LEVELS, LearnedFeedbackQueue
-from scheduler.policies.tail import MAX_FACTOR, MIN_SPREAD, SHARE, TailRate
+from scheduler.policies.tail import MAX_STRENGTH, TAU, UPDATE_EVERY, TailRate
 
 COSTS = CostModel(step_s=0.006, slice_s=3e-5, token_s=2.5e-5, pair_s=0.0)
 MAX_HEAD_START_S = 600.0
@@ -192,8 +192,8 @@ def after(factor: float, seconds: float, count: int = 3000) -> LearnedFeedbackQu
 
 
 def test_gamma_is_free_of_scale() -> None:
-    assert after(1.0, 8.0, 0).gamma == pytest.approx(20 * after(20.0, 160.0, 0).gamma)
-    assert after(1.0, 8.0).gamma == pytest.approx(20 * after(20.0, 160.0).gamma)
+    assert after(1.0, 8.0, 0).gamma == pytest.approx(20 * after(20.0, 160.0, 0).gamma, rel=0.15)
+    assert after(1.0, 8.0).gamma == pytest.approx(20 * after(20.0, 160.0).gamma, rel=0.15)
 
 
 def test_gamma_begins_where_a_busy_machine_of_this_speed_is() -> None:
@@ -225,35 +225,61 @@ def test_aborted_ones_do_not_count_as_fast() -> None:
     assert policy.gamma == before
 
 
-def test_one_outlier_moves_gamma_little_and_rarely() -> None:
-    rate, draw = TailRate(10.0), random.Random(1)
-    for _ in range(5000):
-        rate.add(10.0, draw.lognormvariate(-3.0, 0.5))
+def _sizes(rate: TailRate, count: int, time_s: float, spread: float) -> random.Random:
+    draw = random.Random(1)
+    for _ in range(count):
+        w = draw.lognormvariate(-3.0, spread)
+        rate.add(time_s, w, w)
+    return draw
+
+
+def test_one_outlier_moves_gamma_little() -> None:
+    rate = TailRate(10.0)
+    _sizes(rate, 5000, 10.0, 0.5)
     before = rate.gamma
-    rate.add(1e9, 0.05)
-    assert rate.gamma > before / 1.2
-    assert sum(rate.add(20.0, draw.lognormvariate(-3.0, 0.5)) for _ in range(5000)) < 15
-    assert rate.gamma < before
+    for _ in range(UPDATE_EVERY):
+        rate.add(10.0, 0.05, 0.05)
+    rate.add(1e9, 0.05, 0.05)
+    assert rate.gamma == pytest.approx(before, rel=0.2)
 
 
-def test_head_starts_differ_by_a_share_of_the_mean_time() -> None:
-    rate, draw = TailRate(1.0), random.Random(1)
-    for _ in range(10_000):
-        rate.add(10.0, draw.lognormvariate(-3.0, 0.5))
-    assert 0.5 / rate.gamma == pytest.approx(SHARE * 10.0, rel=0.15)
+def test_gamma_changes_rarely_and_slowly() -> None:
+    rate = TailRate(10.0)
+    draw = _sizes(rate, 5000, 10.0, 0.5)
+    before = rate.gamma
+    sizes = [draw.lognormvariate(-3.0, 0.5) for _ in range(5000)]
+    assert sum(rate.add(20.0, w, w) for w in sizes) < 15
+    assert before / 2.5 < rate.gamma < before
+
+
+def test_the_far_tail_is_left_where_it_is() -> None:
+    """For a lognormal w with service w, z is normal of mean -s^2 and variance s^2, and u = 2."""
+    rate = TailRate(1.0)
+    _sizes(rate, 20_000, 10.0, 0.5)
+    assert 1.0 / rate.gamma == pytest.approx(2.0 * TAU * 10.0, rel=0.15)
 
 
 def test_equal_sequences_get_no_huge_head_starts() -> None:
     rate = TailRate(10.0)
-    for _ in range(100_000):
-        rate.add(10.0, 0.05)
-    assert 1.0 / rate.gamma <= 10.0 * SHARE / MIN_SPREAD * 1.2
+    for _ in range(20_000):
+        rate.add(10.0, 0.05, 0.05)
+    assert 1.0 / rate.gamma <= 1.1 * MAX_STRENGTH * TAU * 10.0
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+def test_gamma_has_no_scale(factor: float) -> None:
+    rate, scaled = TailRate(10.0), TailRate(10.0 * factor)
+    draw = random.Random(3)
+    for _ in range(3000):
+        w, time_s = draw.lognormvariate(-3.0, 0.7), draw.expovariate(0.1)
+        rate.add(time_s, w, w)
+        scaled.add(time_s * factor, w * factor, w * factor)
+    assert scaled.gamma * factor == pytest.approx(rate.gamma, rel=0.3)
 
 
 @pytest.mark.parametrize("time_s", [0.0, 1e12])
-def test_gamma_is_bounded(time_s: float) -> None:
+def test_extreme_times_give_a_gamma(time_s: float) -> None:
     rate = TailRate(10.0)
-    for _ in range(50_000):
-        rate.add(time_s, 0.05)
-    unbounded = SHARE * 10.0 * rate.gamma
-    assert 0.99 * MIN_SPREAD / MAX_FACTOR < unbounded < 1.01 * MAX_FACTOR
+    for _ in range(10_000):
+        rate.add(time_s, 0.05, 0.05)
+    assert 0.0 < rate.gamma < float("inf")

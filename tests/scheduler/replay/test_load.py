@@ -14,10 +14,10 @@ from scheduler.replay.load import (
     fitted,
     offered_load,
     routed,
-    scaled,
     with_burst,
     work_s,
 )
+from scheduler.replay.run import Shaping
 from scheduler.replay.ticks import seconds
 from scheduler.replay.trace import Trace, TraceError, TraceRequest, read_trace
 from tests.scheduler.replay.machines import machine, run
@@ -84,23 +84,28 @@ def test_work_is_what_a_replay_charges() -> None:
         assert job.attained_s == pytest.approx(work_s(one, on), abs=1.0 / 4)  # a chunk may be split
 
 
-def test_a_load_of_one_keeps_every_place_taken() -> None:
+def test_a_load_of_one_is_what_the_machine_just_serves() -> None:
     on = machine(max_num_seqs=4, max_num_batched_tokens=64)
-    trace = scaled(trace_of(*((float(k), 8, 40) for k in range(1000))), on, 1.0)
-    assert offered_load(trace, on) == pytest.approx(1.0)
+    trace = Shaping(load=1.0).apply(trace_of(*((float(k), 8, 40) for k in range(1000))), on, 1)
+    assert offered_load(trace, on) == pytest.approx(1.0, rel=0.02)
     replica = run("fcfs", on, trace.requests)
     assert seconds(replica.counts.end) == pytest.approx(trace.requests[-1].arrival_s, rel=0.02)
-    assert offered_load(scaled(EVEN, on, 0.5, machines=4), on) == pytest.approx(2.0)
+
+
+def test_a_load_is_of_all_machines_together() -> None:
+    on = machine(max_num_seqs=4)
+    alone, together = (Shaping(load=0.5).apply(EVEN, on, count) for count in (1, 4))
+    assert alone.requests[-1].arrival_s == pytest.approx(4 * together.requests[-1].arrival_s, rel=0.05)
 
 
 def test_a_load_of_what_comes_at_once_is_refused() -> None:
     with pytest.raises(LoadError, match="at once"):
-        scaled(trace_of((0.0, 1, 1), (0.0, 1, 1)), machine(), 0.5)
+        Shaping(load=0.5).apply(trace_of((0.0, 1, 1), (0.0, 1, 1)), machine(), 1)
 
 
 def test_a_burst_is_twice_the_capacity_for_a_minute() -> None:
     on = machine(max_num_seqs=4)
-    before = scaled(EVEN, on, 0.7)
+    before = Shaping(load=0.7).apply(EVEN, on, 1)
     after = with_burst(before, on)
     begin_s = after.requests[500].arrival_s
     inside = [one for one in after.requests if begin_s <= one.arrival_s < begin_s + BURST_S]
