@@ -259,6 +259,13 @@ class Generation:
         """The deadline ended it, and there is nothing to show."""
         return not self.num_output_tokens and any(reader.finish == "deadline" for reader in self.readers)
 
+    @property
+    def outcome(self) -> str:
+        """For the log: the code of the error that ended it, or how its choices ended."""
+        if self._failure is not None and self._failure.code is not None:
+            return self._failure.code
+        return ",".join(sorted({reader.finish or "abort" for reader in self.readers}))
+
     async def _wait(self, silence_s: float) -> bool:
         """Sleep until there is news or the deadline passed; True if it was silent for `silence_s`."""
         deadline_s = self.requests[0].deadline_s

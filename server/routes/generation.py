@@ -99,5 +99,5 @@ def finish(request: Request, service: Service, generation: Generation) -> None:
         "prompt_tokens": sum(len(piece.prompt_ids) for piece in generation.requests),
         "cached_tokens": generation.num_cached,
         "output_tokens": generation.num_output_tokens,
-        "finish": ",".join(sorted({reader.finish or "abort" for reader in generation.readers})),
+        "finish": generation.outcome,
     }

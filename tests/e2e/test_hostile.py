@@ -141,9 +141,10 @@ def test_no_5xx(live_server: Daemon, path: str) -> None:
     @given(case=operation.as_strategy())
     def probe(case: Any) -> None:
         if isinstance(case.body, dict):
-            case.body = {**case.body, "timeout_s": 0.5}  # a short run; a 504 is then what was asked for
+            case.body = {**case.body, "timeout_s": 0.5}  # a short run, which may be too short
         response = case.call(base_url=live_server.url)
-        assert response.status_code < 500 or response.status_code == 504, response.text
+        too_short = ("deadline_exceeded", "deadline_unmeetable")
+        assert response.status_code < 500 or response.json()["error"]["code"] in too_short, response.text
         if response.status_code >= 400:
             check_envelope(response.json())
 

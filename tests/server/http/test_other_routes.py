@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from scheduler.refusal import RefusalReason
 from server.logs import JsonFormatter, PlainFormatter, sanitise
 from server.prompt import ChatTemplate
 from server.routes import completions, generation
@@ -107,6 +108,17 @@ def test_prompts_and_outputs_are_logged_on_request(caplog: pytest.LogCaptureFixt
     lines = [PlainFormatter().format(record) for record in caplog.records]
     assert any(line.endswith('text="the words"') for line in lines)
     assert any(line.endswith("text=abc") for line in lines)
+
+
+def test_the_log_says_how_a_request_ended(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("octavo").propagate = True
+    engine = FakeEngine(error="too late", refusal=RefusalReason.DEADLINE)
+    with caplog.at_level(logging.INFO, "octavo"), running(engine) as server:
+        server.post("/v1/completions", {"prompt": "x"})
+        engine.error = None
+        server.complete(max_tokens=2, n=2)
+    ends = [record.fields["finish"] for record in caplog.records if "finish" in getattr(record, "fields", {})]
+    assert ends == ["deadline_unmeetable", "length"]
 
 
 def test_fields_without_effect_are_named(server: Running) -> None:
