@@ -14,7 +14,7 @@ from scheduler.agenda import Agenda, Order
 from scheduler.levels import LevelCounts
 from scheduler.plan import Preempted
 from scheduler.types import Sequence, SequenceState
-from scheduler.waiting import WaitingQueue
+from scheduler.waiting import OVERDUE, WaitingQueue
 
 if TYPE_CHECKING:
     from scheduler.clock import Clock
@@ -63,8 +63,11 @@ class Places:
 
     def by_policy(self) -> list[tuple[Order, Sequence]]:
         """The running sequences, the first in the order first."""
-        order = self.waiting.order
-        ranked = [(order(sequence), sequence) for sequence in self.running.values()]
+        key = self.policy.key
+        ranked = []
+        for piece in self.running.values():
+            first = OVERDUE if piece.is_overdue else key(piece.level, piece.request.arrival_s)
+            ranked.append(((first, piece.seq_id), piece))
         ranked.sort(key=itemgetter(0))
         return ranked
 

@@ -66,35 +66,37 @@ class Planner:
         self._frontier = None
         preempted = len(self._places.preempted)
         self._places.call_overdue()
-        self._seat_those_ahead()
-        slices, left = self._serve_running()
+        ranked = self._seat_those_ahead(self._places.by_policy())
+        slices, left = self._serve_running(ranked)
         if len(self._places.preempted) == preempted:
             slices += self._admit(left)
         return slices
 
     # Round 1
 
-    def _seat_those_ahead(self) -> None:
+    def _seat_those_ahead(self, ranked: list[Ranked]) -> list[Ranked]:
+        """-> all who run now, in policy order"""
         places = self._places
-        if not places.policy.preemptive or not len(places.waiting) or not places.running:
-            return
-        behind = places.by_policy()
+        if not places.policy.preemptive or not len(places.waiting):
+            return ranked
+        behind = ranked
         claimed = 0
         while claimed < self._budget and behind and (sequence := places.waiting.first()) is not None:
             order = places.order(sequence)
             if behind[-1][0] < order:
-                return
+                break
             found = self._ready(sequence)
             if found is None:
                 continue
             victims = self._victims(sequence, order, found, behind)
             if victims is None:
-                return
+                break
             for reason, victim in victims:
                 places.set_aside(victim, reason, sequence)
             behind = [entry for entry in behind if entry[1].seq_id in places.running]
             self._seat(sequence, found)
             claimed += sequence.num_tokens - sequence.num_computed
+        return places.by_policy() if claimed else ranked
 
     def _victims(
         self, sequence: Sequence, order: Order, found: list[int], behind: list[Ranked]
@@ -152,13 +154,16 @@ class Planner:
 
     # Round 2
 
-    def _serve_running(self) -> tuple[list[Slice], int]:
-        ranked = self._places.by_policy()
-        running = [sequence for _, sequence in ranked]
-        shares, left = self._share_tokens(running)
+    def _serve_running(self, ranked: list[Ranked]) -> tuple[list[Slice], int]:
+        running, size = self._places.running, self._tables.page_size
+        shares, left = self._share_tokens([sequence for _, sequence in ranked])
         slices = []
-        for number, (sequence, share) in enumerate(zip(running, shares, strict=True)):
-            if share and sequence.seq_id in self._places.running and self._provide(ranked, number, share):
+        for number, (_, sequence) in enumerate(ranked):
+            share = shares[number]
+            if not share or sequence.seq_id not in running:
+                continue
+            fits = sequence.num_computed + share <= len(sequence.pages) * size
+            if fits or self._provide(ranked, number, share):
                 slices.append(make_slice(sequence, share))
         return slices, left
 
@@ -169,16 +174,17 @@ class Planner:
         quarter of the budget set apart, so that the decodes behind it cannot starve it either.
         """
         few = self._tables.page_size
-        shares = [0] * len(running)
         left = self._budget
-        chunks = [k for k, piece in enumerate(running) if len(piece.tokens) - piece.num_computed > few]
+        shares = [0] * len(running)
+        known = [len(piece.tokens) - piece.num_computed for piece in running]
+        chunks = [k for k, num_known in enumerate(known) if num_known > few]
         if chunks and chunks[0] == 0:
             shares[0] = _portion(running[0], max(1, left // 4))
             left -= shares[0]
-        waiting_for_rest = set(chunks)
         for k, sequence in enumerate(running):
-            if k not in waiting_for_rest:
-                shares[k] = _portion(sequence, left)
+            if known[k] <= few:
+                share = known[k] + len(sequence.window.tokens)
+                shares[k] = share if share <= left else _portion(sequence, left)
                 left -= shares[k]
         for k in chunks:
             share = _portion(running[k], left + shares[k])
@@ -279,9 +285,11 @@ class Planner:
     def _spare_pages(self) -> int:
         """Available pages that nobody who runs will need soon: neither for tokens that are known
         already, nor one more each to grow into. Admitting beyond that would end in preemptions."""
-        missing = self._tables.missing
-        places = self._places
-        promised = sum(missing(piece, piece.num_tokens) + 1 for piece in places.running.values())
+        size, running = self._tables.page_size, self._places.running
+        promised = len(running)
+        for piece in running.values():  # nobody holds more pages than are wanted (PageTables.trim)
+            wanted = len(piece.tokens) + len(piece.window.tokens)
+            promised += -(-wanted // size) - len(piece.pages)
         return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
 
     def _promised_to(self, fetching: Iterable[int]) -> int:
@@ -297,19 +305,18 @@ class Planner:
 def make_slice(sequence: Sequence, share: int) -> Slice:
     """The next `share` tokens, for which the sequence holds pages."""
     start, end = sequence.num_computed, sequence.num_computed + share
-    known = len(sequence.tokens)
-    window = sequence.window
+    known, pages, sent = len(sequence.tokens), sequence.pages, sequence.num_pages_sent
     num_window = max(0, end - known)
-    assert num_window in (0, len(window.tokens)), "a window is computed whole or not at all"
     num_logits = 0 if end < known else min(share, 1 + num_window)
-    if sequence.wants_prompt_logits:
+    if start < sequence.num_known and sequence.wants_prompt_logits:
         num_logits = max(num_logits, end - max(start, sequence.num_reached))
-    sent = sequence.num_pages_sent
-    sequence.num_pages_sent = len(sequence.pages)
-    new_pages = tuple(sequence.pages[sent:])
+    sequence.num_pages_sent = len(pages)
+    new_pages = tuple(pages[sent:]) if sent < len(pages) else ()
     tokens = tuple(sequence.tokens[start:end])
     if not num_window:
         return Slice(sequence.seq_id, start, tokens, range(start, end), sent, new_pages, num_logits)
+    window = sequence.window
+    assert num_window == len(window.tokens), "a window is computed whole or not at all"
     return Slice(
         seq_id=sequence.seq_id,
         start=start,

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from scheduler.plan import SharedPages
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from scheduler.page_tables import PageTables
+    from scheduler.plan import Slice
     from scheduler.types import Sequence
 
 
@@ -24,7 +25,8 @@ class Frontier:
         self._tables = tables
         self._computing: dict[bytes, Sequence] = {}
         for sequence in running:
-            self.add(sequence)
+            if sequence.num_computed < sequence.num_known:
+                self.add(sequence)
 
     def add(self, sequence: Sequence) -> None:
         """A running sequence; one without a whole known page to compute is ignored."""
@@ -59,17 +61,20 @@ class Frontier:
 
 
 def shared_pages(
-    tables: PageTables, sequences: Iterable[tuple[Sequence, int]], min_tokens: int
+    tables: PageTables, sequences: Mapping[int, Sequence], slices: Iterable[Slice], min_tokens: int
 ) -> tuple[SharedPages, ...]:
-    """Groups of two or more with the same leading pages, as many as hold `min_tokens`. `sequences`:
-    who computes in the step, and how many of its tokens were computed before."""
-    least = -(-min_tokens // tables.page_size)  # the pages that all of a group have at least
-    references = tables.pool.references
+    """Groups of two or more of a step's sequences with the same leading pages, all computed before, as
+    many as hold `min_tokens`."""
+    size = tables.page_size
+    least = -(-min_tokens // size)  # the pages that all of a group have at least
+    least_tokens, references = least * size, tables.pool.references
     groups: dict[tuple[int, ...], list[tuple[Sequence, int]]] = {}
-    for sequence, num_computed in sequences:
-        full_pages = num_computed // tables.page_size
-        if full_pages >= least and references[sequence.pages[least - 1]] > 1:
-            groups.setdefault(tuple(sequence.pages[:least]), []).append((sequence, full_pages))
+    for piece in slices:
+        if piece.start >= least_tokens:
+            sequence = sequences[piece.seq_id]
+            if references[sequence.pages[least - 1]] > 1:
+                group = groups.setdefault(tuple(sequence.pages[:least]), [])
+                group.append((sequence, piece.start // size))
     return tuple(
         SharedPages(_common(members, least), tuple(sequence.seq_id for sequence, _ in members))
         for members in groups.values()
