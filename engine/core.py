@@ -61,7 +61,7 @@ class EngineCore:
             self._check(request)
             self.scheduler.add(request)
         except RequestRefused as refused:
-            logger.warning("refused request=%s: %s", request.request_id, refused)
+            logger.info("refused request=%s reason=%s: %s", request.request_id, refused.reason, refused)
             self._early.extend(
                 SequenceOutput(
                     request.request_id,

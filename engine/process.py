@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it drains and says stop
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link = Link(path)
-    logging.basicConfig(level=log_level.upper(), handlers=[LogToServer(link)])
+    logging.basicConfig(level=log_level.upper(), handlers=[LogToServer(link)], format="%(message)s")
     try:
         return run(link, config)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +16,18 @@ from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
 from engine.models.config import TransformerConfig
 from engine.models.transformer import Transformer
 from engine.runner import Runner
+from engine.tiers import Copier, DiskFile, HostPool
 from scheduler.config import SchedulerConfig
 from scheduler.invariants import check, check_empty
 from scheduler.scheduler import Scheduler
 from scheduler.types import FinishReason, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from scheduler.clock import Clock
+    from scheduler.plan import Copy
 
 CPU = torch.device("cpu")
 TINY = TransformerConfig(
@@ -34,6 +43,7 @@ TINY = TransformerConfig(
     rope_theta=10000.0,
     max_positions=512,
 )
+COPIES_WITHIN_S = 5.0
 SETTINGS = SchedulerConfig(num_pages=256, max_num_seqs=16, max_num_batched_tokens=64, policy="fcfs")
 
 
@@ -66,14 +76,27 @@ def random_weights(config: TransformerConfig, seed: int = 0) -> dict[str, torch.
     return weights
 
 
-def tiny_core(**settings: object) -> EngineCore:
+def tiny_core(
+    *,
+    disk: Path | None = None,
+    before: Callable[[Copy], None] | None = None,
+    clock: Clock = time.monotonic,
+    **settings: object,
+) -> EngineCore:
+    """`disk`: the file of the disk pages, if `settings` have any; `before`: the copier's hook. With host
+    pages the core has a copy thread: it is to be closed."""
     scheduling = replace(SETTINGS, **settings)  # type: ignore[arg-type]
     ops = pick(CPU)
     model = Transformer(TINY, random_weights(TINY), ops)
     storage = KVStorage(TINY, scheduling.num_pages, scheduling.page_size, torch.float32, CPU)
-    scheduler = Scheduler(scheduling, time.monotonic, TINY.max_positions)
+    file = DiskFile(disk, b"tiny", storage.page_bytes, scheduling.disk_pages) if disk else None
+    copier = None
+    if scheduling.host_pages:
+        copier = Copier(storage, HostPool(storage, scheduling.host_pages), file, before=before)
+    index = file.index() if file else {}
+    scheduler = Scheduler(scheduling, clock, TINY.max_positions, disk_index=index)
     batches = BatchBuilder(TINY, ops, scheduling.page_size, TINY.max_positions, scheduling.max_num_seqs, CPU)
-    return EngineCore(scheduler, Runner(model, storage, batches, scheduler), TINY.vocab_size)
+    return EngineCore(scheduler, Runner(model, storage, batches, scheduler), TINY.vocab_size, copier)
 
 
 def request(name: str, prompt: list[int], **fields: object) -> Request:
@@ -109,17 +132,25 @@ class Heard:
         self.num_cached = max(self.num_cached, output.num_cached)
 
 
-def run(core: EngineCore, *requests: Request, checked: bool = True) -> dict[tuple[str, int], Heard]:
-    """Submit all, step until all have ended; the invariants hold after every step."""
+def run(
+    core: EngineCore, *requests: Request, checked: bool = True, steps_between: int = 0
+) -> dict[tuple[str, int], Heard]:
+    """Submit all, `steps_between` one and the next, and step until all have ended; the invariants hold after
+    every step. It sleeps while only copies are awaited, as the engine's process does."""
     heard = {(one.request_id, index): Heard() for one in requests for index in range(one.num_choices)}
-    for one in requests:
-        core.handle(Submit(one))
-    for _ in range(5000):
+    coming = list(requests)
+    for number in range(5000):
+        while coming and (not steps_between or number % steps_between == 0 or not core.has_work):
+            core.handle(Submit(coming.pop(0)))
+            if steps_between:
+                break
+        if core.copier is not None and not core.can_step:
+            core.copier.wait(COPIES_WITHIN_S)
         for output in core.step().outputs:
             heard[output.request_id, output.index].hear(output)
         if checked:
             check(core.scheduler)
-        if not core.has_work:
+        if not coming and not core.has_work:
             break
     assert all(one.finish is not None for one in heard.values()), "a choice never ended"
     if checked:
