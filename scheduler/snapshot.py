@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from scheduler.plan import SchedulerStats
+from scheduler.plan import SchedulerStats  # noqa: TC001 (msgspec reads the annotations)
 from scheduler.types import SequenceState
 
 if TYPE_CHECKING:

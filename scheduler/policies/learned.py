@@ -80,14 +80,15 @@ class LearnedFeedbackQueue:
     def next_change(self, work: Work) -> float:
         """At most a few edges ahead: what is learned meanwhile may move the later ones."""
         index = self._lengths.index(work.tenant, work.prompt_len)
-        edge: int | None = work.num_output
+        ahead = work.num_output
         for _ in range(MAX_EDGES_AHEAD):
-            edge = index.next_edge(edge)
+            edge = index.next_edge(ahead)
             if edge is None or edge >= work.max_output:
                 return math.inf
-            if self._level_of(self._w(work, 0, edge)) != work.level:
+            ahead = edge
+            if self._level_of(self._w(work, 0, ahead)) != work.level:
                 break
-        return edge
+        return ahead
 
     def key(self, level: int, arrival_s: float) -> float:
         return arrival_s - self._head_starts_s[level]

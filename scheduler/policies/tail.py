@@ -5,8 +5,9 @@ under first come first served by about
 
     D = (mean of all head starts, each weighted with the service it stands for) - H
 
-With head starts of (1/gamma) ln(1/w) that is z / gamma, where z = ln w - (mean of ln w weighted with service).
-A tail of times that falls like exp(-t / tau) is moved, by delays D that do not depend on t, to the right by
+With head starts of (1/gamma) ln(1/w) that is z / gamma, where z = ln w - (mean of ln w weighted with
+service). A tail of times that falls like exp(-t / tau) is moved, by delays D that do not depend on t, to the
+right by
 
     tau ln E[exp(D / tau)] = tau ln E[exp(z / (gamma tau))]
 
@@ -17,9 +18,9 @@ that strength, where the far tail is that of first come first served:
     E[exp(u z)] = 1,    gamma = 1 / (u tau)
 
 Real times have no exponential tail, least of all with bursts; tau is taken as a share of their 99th
-percentile. Times and sizes are slow averages, so that gamma does not follow a burst: the large head starts that
-a burst asks for would reach exactly those who waited longest. Nothing here has a scale: on a machine that is
-20 times slower gamma becomes 20 times smaller.
+percentile. Times and sizes are slow averages, so that gamma does not follow a burst: the large head starts
+that a burst asks for would reach exactly those who waited longest. Nothing here has a scale: on a machine
+that is 20 times slower gamma becomes 20 times smaller.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The work of a request is the service attributed to it: its prefill in chunks of 
 output token at a time. A slice is charged its own cost and a share of the step's fixed cost, 1 / places; so a
 step with every place taken lasts exactly as long as the work in it. `offered_load` compares that with time.
 Places that stay empty while prompts are computed make the attainable rate lower than one second of work per
-second: by under 1 % where outputs are long, by some 7 % for prompts of 2,048 tokens with 28 out and 64 places.
+second: by under 1 % where outputs are long, by some 7 % for prompts of 2,048 tokens, 28 out and 64 places.
 So the load that is asked for is measured (run.py): at 1, requests arrive for as long as the machines need to
 serve all of them in the order of arrival when none has to be waited for.
 """

@@ -13,7 +13,14 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import make_service
 from tests.server.http.test_bad_input import check_envelope
 
-PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models/{model_id}", "/debug/scheduler"]
+PATHS = [
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/detokenize",
+    "/v1/models/{model_id}",
+    "/debug/scheduler",
+]
 
 
 def _schema() -> Any:
