@@ -56,6 +56,7 @@ def check_empty(scheduler: Scheduler) -> None:
     assert not tiers._going_up, "pages go up without a copy"
     assert not tiers._unwanted, "a copy that ended is unwanted"
     assert pool.num_held == 0, "a page is held by nobody"
+    assert getattr(scheduler._policy, "_num_live", 0) == 0, "the policy counts one that is gone"
 
 
 def check_decisions(

@@ -74,6 +74,7 @@ class Places:
     def join(self, sequence: Sequence) -> None:
         """A sequence begins to wait for its first place."""
         sequence.num_found = len(self.tables.find(sequence)) * self.tables.page_size
+        self.policy.enter(sequence)
         sequence.level = self.policy.level(sequence)
         self.counts.entered(sequence.level)
         sequence.waiting_since_s = self._clock()
@@ -117,6 +118,7 @@ class Places:
         elif sequence.seq_id in self.waiting:
             self.waiting.discard(sequence)
         self._put_aside.discard(sequence.seq_id)
+        self.policy.leave(sequence)
         sequence.state = SequenceState.FINISHED
 
     def relevel(self, sequence: Sequence) -> None:

@@ -126,6 +126,8 @@ class Sequence:
     level: int = 0  # the policy's queue
     next_change: float = 0.0  # the number of output tokens from which its level may be another
     max_output: int = 0
+    expected_s: float = 0.0  # the policy's notes
+    fcfs_s: float = 0.0
     root_key: bytes = b""  # what the keys of its pages start from
     num_known: int = 0  # tokens it came with: its prompt, and what was delivered before
     num_found: int = 0  # leading tokens that were found computed when it was last looked at

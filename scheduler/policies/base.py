@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Work(Protocol):
-    """What a policy may know of a sequence."""
+    """What a policy may know of a sequence; and two notes that it may keep there."""
+
+    expected_s: float  # service that it was expected to need when it entered; 0 = it is not there
+    fcfs_s: float  # how long it would have been in the system under first come first served, about
 
     @property
     def tenant(self) -> str: ...
@@ -74,6 +77,14 @@ class Policy(Protocol):
     @property
     def lengths(self) -> Lengths | None:
         """The output lengths that it learns from, and feeds; None if it needs none."""
+        ...
+
+    def enter(self, work: Work) -> None:
+        """A sequence begins to wait for its first place."""
+        ...
+
+    def leave(self, work: Work) -> None:
+        """It is gone, however it ended. Ones that never entered are ignored."""
         ...
 
     def level(self, work: Work) -> int:

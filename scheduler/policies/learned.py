@@ -52,6 +52,7 @@ class LearnedFeedbackQueue:
         self.max_head_start_s = max_head_start_s
         self._costs, self._chunk, self._places = costs, chunk, places
         self._clock, self._lengths = clock, lengths
+        self._num_live, self._live_s = 0, 0.0  # sequences here, and the service they were expected to need
         self._lowest_s = self._token_s(0)  # of w; level 1 begins above it
         prefill_s, token_s = costs.prefill(0, TYPICAL_PROMPT, chunk, places), self._token_s(TYPICAL_PROMPT)
         prior = Lengths().index("", TYPICAL_PROMPT)
@@ -73,6 +74,21 @@ class LearnedFeedbackQueue:
     def w(self, work: Work) -> float:
         """Seconds of service that it is expected to cost per chance of ending."""
         return self._w(work, work.num_left, work.num_output)
+
+    def enter(self, work: Work) -> None:
+        """Under first come first served it would wait for what all others are expected to need."""
+        token_s = self._token_s(work.prompt_len)
+        output = self._lengths.index(work.tenant, work.prompt_len).mean_left(0, work.max_output)
+        work.expected_s = self._prefill_s(work.prompt_len, work.num_left) + output * token_s
+        self._num_live += 1
+        self._live_s += work.expected_s
+        work.fcfs_s = self._live_s + min(self._num_live, self._places) * output * token_s
+
+    def leave(self, work: Work) -> None:
+        if work.expected_s:
+            self._num_live -= 1
+            self._live_s = self._live_s - work.expected_s if self._num_live else 0.0
+            work.expected_s = 0.0
 
     def level(self, work: Work) -> int:
         return self._level_of(self.w(work))
@@ -96,7 +112,7 @@ class LearnedFeedbackQueue:
     def learn(self, work: Work, natural: bool) -> None:
         if self._tail and (natural or work.num_output >= work.max_output):
             w_on_arrival = self._w(work, num_left=work.prompt_len, num_output=0)
-            if self._tail.add(self._clock() - work.arrival_s, w_on_arrival, work.attained_s):
+            if self._tail.add(work.fcfs_s, w_on_arrival, work.attained_s):
                 self._use(self._tail.gamma)
         self._lengths.observe(work.tenant, work.prompt_len, work.num_output, natural)
 
@@ -107,11 +123,14 @@ class LearnedFeedbackQueue:
     def _w(self, work: Work, num_left: int, num_output: int) -> float:
         context = work.prompt_len + num_output
         token_s = self._token_s(context)
-        prefill_s = 0.0
-        if num_left:
-            prefill_s = self._costs.prefill(max(0, context - num_left), num_left, self._chunk, self._places)
+        prefill_s = self._prefill_s(context, num_left)
         index = self._lengths.index(work.tenant, work.prompt_len)
         return token_s * index.w(prefill_s / token_s, num_output, work.max_output)
+
+    def _prefill_s(self, context: int, num_left: int) -> float:
+        if not num_left:
+            return 0.0
+        return self._costs.prefill(max(0, context - num_left), num_left, self._chunk, self._places)
 
     def _token_s(self, context: int) -> float:
         return max(self._costs.decode(context, self._places), SHORTEST_S)

@@ -22,6 +22,12 @@ class _Simple:
     gamma = 0.0
     lengths = None
 
+    def enter(self, work: Work) -> None:
+        pass
+
+    def leave(self, work: Work) -> None:
+        pass
+
     def level(self, work: Work) -> int:
         return 0
 

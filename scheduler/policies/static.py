@@ -39,6 +39,12 @@ class StaticFeedbackQueue:
         self._costs, self._chunk, self._places = costs, chunk, places
         self._step_s = self.max_head_start_s / max(1, num_levels - 1)  # between neighbouring levels
 
+    def enter(self, work: Work) -> None:
+        pass
+
+    def leave(self, work: Work) -> None:
+        pass
+
     def level(self, work: Work) -> int:
         left = work.num_left
         work_s = work.attained_s

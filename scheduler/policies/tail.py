@@ -17,10 +17,16 @@ that strength, where the far tail is that of first come first served:
 
     E[exp(u z)] = 1,    gamma = 1 / (u tau)
 
-Real times have no exponential tail, least of all with bursts; tau is taken as a share of their 99th
-percentile. Times and sizes are slow averages, so that gamma does not follow a burst: the large head starts
-that a burst asks for would reach exactly those who waited longest. Nothing here has a scale: on a machine
-that is 20 times slower gamma becomes 20 times smaller.
+Real times have no exponential tail, least of all with bursts. tau is taken as
+
+    TAU * (99th percentile) * (99th percentile / mean)
+
+of the times that first come first served would give, estimated on arrival from the service that those present
+are expected to need: the policy's own effect is not in it, so nothing feeds back. Where times are long for
+everybody (overload), the second ratio is small, and delays move many across the percentile; where they are
+long for few, it is large. Times and sizes are slow averages, so that gamma does not follow a burst: the large
+head starts that a burst asks for would reach exactly those who waited longest. Nothing here has a scale: on a
+machine that is 20 times slower gamma becomes 20 times smaller.
 """
 
 from __future__ import annotations
@@ -28,7 +34,8 @@ from __future__ import annotations
 import math
 
 TAIL = 0.99
-TAU = 0.13  # of that quantile; in replays near capacity 0.15 brings the p99 above 1.15 times that of fcfs
+TAU = 0.055  # in replays of chat near capacity 0.065 brings the p99 above 1.15 times that of fcfs
+MAX_RATIO = 8.0  # of the 99th percentile to the mean, as far as it is believed
 HALF_LIFE = 8000.0  # sequences that ended
 PRIOR_WEIGHT = 100.0  # sequences that the expected strength counts for
 PRIOR_TAIL_WEIGHT = 10.0  # sequences that the expected tail counts for: 1 % of the first thousand
@@ -65,6 +72,10 @@ class _LogHistogram:
                 return self._middle(number)
         return self._middle(_NUM_BINS - 1)
 
+    def mean(self) -> float:
+        total = math.fsum(self._weights)
+        return math.fsum(weight * self._middle(k) for k, weight in enumerate(self._weights) if weight) / total
+
     def logs(self) -> list[tuple[float, float]]:
         """(ln of the time, weight) of what is there; the weights add up to 1."""
         total = math.fsum(self._weights)
@@ -82,15 +93,18 @@ class _LogHistogram:
 class TailRate:
     def __init__(self, expected_s: float) -> None:
         """`expected_s`: the mean time in the system, as far as it can be told before anything was seen."""
+        times = ((1.0, 0.75), (EXPECTED_TAIL, 0.25))  # of it, with their shares
         self._times, self._sizes, self._service = _LogHistogram(), _LogHistogram(), _LogHistogram()
         self._num_seen = 0
         self._newest = 1.0  # the weight of the newest observation; older ones weigh less and less
-        self._times.add(EXPECTED_TAIL * expected_s, PRIOR_TAIL_WEIGHT)
+        for factor, share in times:
+            self._times.add(factor * expected_s, share * PRIOR_TAIL_WEIGHT)
         self.gamma = self._wanted()
 
     def add(self, time_s: float, w: float, service_s: float) -> bool:
-        """A sequence ended `time_s` after its arrival, when it had been at `w` seconds; `service_s` were
-        attributed to it. Returns whether `gamma`, per second, was changed."""
+        """A sequence ended that would have been in the system for about `time_s` under first come first
+        served; on arrival it had been at `w` seconds; `service_s` were attributed to it. Returns whether
+        `gamma`, per second, was changed."""
         self._newest *= 2.0 ** (1.0 / HALF_LIFE)
         self._times.add(time_s, self._newest)
         self._sizes.add(w, self._newest)
@@ -111,7 +125,8 @@ class TailRate:
     def _wanted(self) -> float:
         trust = self._num_seen / (self._num_seen + PRIOR_WEIGHT)
         strength = (1.0 - trust) * EXPECTED_STRENGTH + (trust * self._strength() if trust else 0.0)
-        return 1.0 / (strength * TAU * self._times.quantile(TAIL))
+        tail_s = self._times.quantile(TAIL)
+        return 1.0 / (strength * TAU * tail_s * min(tail_s / self._times.mean(), MAX_RATIO))
 
     def _strength(self) -> float:
         """The u > 0 with E[exp(u z)] = 1. The left side is 1 at 0, falls at first and is convex; without

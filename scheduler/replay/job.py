@@ -36,6 +36,8 @@ class Job:
         "computed",
         "device_pages",
         "disk_pages",
+        "expected_s",
+        "fcfs_s",
         "finished",
         "first_token",
         "host_pages",
@@ -69,6 +71,8 @@ class Job:
         self.attained = 0
         self.attained_s = 0.0
         self.level = 0
+        self.expected_s = 0.0
+        self.fcfs_s = 0.0
         self.computed = 0  # leading tokens whose KV is on the device
         self.reached = 0  # the most ever computed
         self.since = 0

@@ -76,6 +76,7 @@ class Replica(Seats):
         now = self._now
         while self._arrivals and self._arrivals[0].arrival <= now:
             job = self._arrivals.popleft()
+            self._policy.enter(job)
             job.level = self._policy.level(job)
             self._waiting.add(job)
             self._is_stale = True
@@ -253,4 +254,5 @@ class Replica(Seats):
         self._num_left -= 1
         self._is_stale = True
         self._policy.learn(job, True)
+        self._policy.leave(job)
         self._on_finish()

@@ -20,7 +20,7 @@ COSTS = CostModel(step_s=0.006, slice_s=3e-5, token_s=2.5e-5, pair_s=0.0)
 MAX_HEAD_START_S = 600.0
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, kw_only=True)
 class OneWork:
     tenant: str = ""
     priority: int = 0
@@ -31,6 +31,8 @@ class OneWork:
     num_left: int = 0
     attained_s: float = 0.0
     level: int = 0
+    expected_s: float = 0.0
+    fcfs_s: float = 0.0
 
 
 def queue(
@@ -184,11 +186,27 @@ def test_what_ends_is_learned_under_its_tenant_and_class() -> None:
 
 
 def after(factor: float, seconds: float, count: int = 3000) -> LearnedFeedbackQueue:
-    clock = ManualClock(1e6)
-    policy = queue(costs=slower(factor), gamma=0.0, clock=clock)
+    """A queue that saw `count` sequences end which first come first served keeps for about so long."""
+    policy = queue(costs=slower(factor), gamma=0.0)
     for _ in range(count):
-        policy.learn(OneWork(num_output=50, arrival_s=1e6 - seconds), natural=True)
+        policy.learn(OneWork(num_output=50, fcfs_s=seconds), natural=True)
     return policy
+
+
+def test_what_those_present_need_is_what_a_newcomer_would_wait_for() -> None:
+    policy = queue(gamma=0.0)
+    works = [OneWork(num_left=1000) for _ in range(100)]
+    for work in works:
+        policy.enter(work)
+    waits = [work.fcfs_s for work in works]
+    assert waits == sorted(waits)
+    assert waits[-1] > 90 * works[0].expected_s > 0.0
+    for work in works:
+        policy.leave(work)
+        policy.leave(work)  # again: ignored
+    first = OneWork(num_left=1000)
+    policy.enter(first)
+    assert first.fcfs_s == pytest.approx(waits[0])
 
 
 def test_gamma_is_free_of_scale() -> None:
@@ -221,7 +239,7 @@ def test_aborted_ones_do_not_count_as_fast() -> None:
     policy = queue(gamma=0.0, clock=clock)
     before = policy.gamma
     for _ in range(1000):
-        policy.learn(OneWork(num_output=3, arrival_s=99.99), natural=False)
+        policy.learn(OneWork(num_output=3, fcfs_s=0.01), natural=False)
     assert policy.gamma == before
 
 
@@ -249,14 +267,14 @@ def test_gamma_changes_rarely_and_slowly() -> None:
     before = rate.gamma
     sizes = [draw.lognormvariate(-3.0, 0.5) for _ in range(5000)]
     assert sum(rate.add(20.0, w, w) for w in sizes) < 15
-    assert before / 2.5 < rate.gamma < before
+    assert before / 4.5 < rate.gamma < before  # the percentile twice, of nearly the same mean
 
 
 def test_the_far_tail_is_left_where_it_is() -> None:
     """For a lognormal w with service w, z is normal of mean -s^2 and variance s^2, and u = 2."""
     rate = TailRate(1.0)
     _sizes(rate, 20_000, 10.0, 0.5)
-    assert 1.0 / rate.gamma == pytest.approx(2.0 * TAU * 10.0, rel=0.15)
+    assert 1.0 / rate.gamma == pytest.approx(2.0 * TAU * 10.0, rel=0.2)
 
 
 def test_equal_sequences_get_no_huge_head_starts() -> None:

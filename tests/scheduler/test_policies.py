@@ -35,6 +35,8 @@ class OneWork:
     num_left: int = 4
     attained_s: float = 0.0
     level: int = 0
+    expected_s: float = 0.0
+    fcfs_s: float = 0.0
 
 
 def arriving(prompt_len: int, arrival_s: float = 0.0, **fields: int) -> OneWork:

@@ -26,6 +26,8 @@ class Item:
     num_output: int = 0
     attained: int = 0
     level: int = 0
+    expected_s: float = 0.0
+    fcfs_s: float = 0.0
     computed: int = 0
     reached: int = 0
     state: str = "absent"
@@ -141,6 +143,7 @@ class Naive:
         for item in self.of("absent"):
             if ticks(item.arrival_s) <= self.now:
                 item.state = "waiting"
+                self.policy.enter(item)
                 item.level = self.policy.level(item)
         for item in self.of("loading"):
             if item.until <= self.now:
@@ -311,3 +314,4 @@ class Naive:
         item.state = "done"
         item.finished = self.now
         self.policy.learn(item, True)
+        self.policy.leave(item)
