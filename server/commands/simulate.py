@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load",
         type=positive_float,
         metavar="X",
-        help="scale arrival times so that the work offered is X times what the machines do with every place "
-        "taken (default: times as they are)",
+        help="scale arrival times: at 1 they last as long as the machines need to serve all of it "
+        "under fcfs (default: times as they are)",
     )
     load.add_argument("--burst", action="store_true", help="twice the capacity for one minute in the middle")
     load.add_argument("--limit", type=positive_int, metavar="N", help="the first N rows only")
