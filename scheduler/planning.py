@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from scheduler.places import Places
     from scheduler.types import Sequence
 
+PARKED_PER_PLACE = 2  # no more are parked, or one prefix that a whole queue shares would park it at once
 MAX_COMPARED_VICTIMS = 16  # of the lowest level, the last in order, whose cost to restore is compared
 
 Ranked = tuple["Order", "Sequence"]
@@ -81,7 +82,7 @@ class Planner:
             return ranked
         behind = ranked
         claimed = 0
-        while claimed < self._budget and behind and (sequence := places.waiting.first()) is not None:
+        while claimed < self._budget and behind and (sequence := self._next()) is not None:
             order = places.order(sequence)
             if behind[-1][0] < order:
                 break
@@ -217,7 +218,7 @@ class Planner:
         if not len(places.waiting) or not left or places.is_full:
             return slices
         spare = self._spare_pages()
-        while left and not places.is_full and (sequence := places.waiting.first()) is not None:
+        while left and not places.is_full and (sequence := self._next()) is not None:
             found = self._ready(sequence)
             if found is None:
                 spare = self._spare_pages()
@@ -236,6 +237,14 @@ class Planner:
         return slices
 
     # Seating
+
+    def _next(self) -> Sequence | None:
+        """Whose turn it is. With many parked, nobody's: they come first, and they wait for those who run or
+        for copies, which end."""
+        places = self._places
+        if len(places.parked) >= PARKED_PER_PLACE * places.max_num_seqs:
+            return None
+        return places.waiting.first()
 
     def _ready(self, sequence: Sequence) -> list[int] | None:
         """The pages found for the first of the queue; None: it is parked until there are more."""

@@ -109,3 +109,14 @@ def test_pages_that_are_being_computed_are_in_no_group() -> None:
     driver = _driver(max_num_batched_tokens=64)
     driver.add(_asked("a", 1, max_tokens=9))
     assert driver.plan().shared == ()
+
+
+def test_a_queue_that_shares_one_prefix_is_not_parked_as_a_whole() -> None:
+    """A plan costs the same however many of the queue wait for the same prefix."""
+    driver = _driver(max_num_seqs=4)
+    driver.add(*[_asked(f"r{k}", k) for k in range(40)])
+    plan = driver.plan()
+    assert driver.scheduler.stats().num_parked == 8
+    driver.apply(plan)
+    assert len(driver.step()) == 4
+    assert sum(news.finish is FinishReason.LENGTH for news in driver.finish()) == 40
