@@ -136,7 +136,6 @@ def _disk_path(config: EngineConfig, identity: bytes) -> Path:
     folder = state_folder(config)
     if folder is None:
         raise EngineConfigError("disk_cache_bytes is set and state_folder is -: set disk_cache_path")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder / f"kv-{hashlib.sha256(identity).hexdigest()[:16]}.pages"
 
 
@@ -150,7 +149,8 @@ def _costs(
     copier: Copier | None,
 ) -> CostModel:
     try:
-        costs = measured_costs(config.costs, checkpoint, model, storage, batches, settings)
+        folder = state_folder(config)
+        costs = measured_costs(config.costs, checkpoint, model, storage, batches, settings, folder)
     except MachineError as error:
         raise EngineConfigError(str(error)) from None
     if copier is None or config.costs not in ("", MEASURE):

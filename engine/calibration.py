@@ -17,7 +17,7 @@ import torch
 from engine.sampling.places import Place
 from engine.sampling.sampler import sample
 from scheduler.costs import CostModel
-from scheduler.fitting import Sample, fit, relative_error
+from scheduler.fitting import Sample, fit, relative_error, scaled
 from scheduler.plan import Slice, StepPlan
 from scheduler.types import Request, SamplingParams, Sequence
 
@@ -34,7 +34,7 @@ DEVICE_BUDGET_S: Final = 2.0  # the first step of each shape loads its kernels
 MAX_ROUNDS: Final = 3  # the fastest of so many counts: what disturbs a step makes it slower
 CPU_PAGES: Final = 16  # touching memory first takes longer than a step, and it stays taken
 DEVICE_PAGES: Final = 4096  # enough that contexts do not lie in its caches
-MIN_KINDS: Final = 4  # of steps; with fewer the prior decides too much
+MIN_KINDS: Final = 4  # of steps; fewer do not tell the constants apart, but only how fast the machine is
 MAX_USUAL_ERROR: Final = 0.3  # relative, of the median step; above it the machine was busy elsewhere
 
 # The shape of the costs, which the samples scale: a small model on two CPU cores.
@@ -125,7 +125,7 @@ def _samples(fastest: dict[Slices, float]) -> list[Sample]:
 
 
 def _calibration(samples: list[Sample], seconds: float) -> Calibration:
-    costs = fit(samples, PRIOR)
+    costs = fit(samples, PRIOR) if len(samples) >= MIN_KINDS else scaled(samples, PRIOR)
     usual_error = relative_error(samples, costs) if samples else 0.0
     steady = len(samples) >= MIN_KINDS and usual_error <= MAX_USUAL_ERROR
     return Calibration(costs, len(samples), seconds, usual_error, steady)

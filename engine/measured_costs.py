@@ -1,7 +1,7 @@
 """The costs that the scheduler predicts with: from a file, from an earlier start, or measured now.
 
-Earlier measurements lie in `$XDG_CACHE_HOME/octavo/costs` (else `~/.cache/octavo/costs`), one small JSON
-file per model, machine and arithmetic. A file that cannot be used is as good as none.
+Earlier measurements lie below the state folder (engine.state), one small JSON file per model, machine and
+arithmetic. A file that cannot be used is as good as none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import platform
 import tempfile
 from dataclasses import asdict, fields, replace
@@ -44,15 +43,17 @@ def measured_costs(
     storage: KVStorage,
     batches: BatchBuilder,
     settings: SchedulerConfig,
+    folder: Path | None,
 ) -> CostModel:
-    """`costs` is the setting: "", "measure" or the path of a machine file. Call it while no page is in use.
+    """`costs` is the setting: "", "measure" or the path of a machine file. `folder` is where state is kept;
+    None: nowhere. Call it while no page is in use.
 
     Raises MachineError, one line, for a machine file that cannot be used.
     """
     if costs and costs != MEASURE:
         return load_machine(Path(costs).expanduser()).costs
-    path = _cache_folder() / f"{_identity(checkpoint, storage, settings.page_size)}.json"
-    if not costs and (known := _read(path)) is not None:
+    path = folder / "costs" / f"{_identity(checkpoint, storage, settings.page_size)}.json" if folder else None
+    if path is not None and not costs and (known := _read(path)) is not None:
         logger.debug("costs of steps from %s: %s", path, known)
         return known
     found = calibrate(model, storage, batches, settings.max_num_seqs, settings.max_num_batched_tokens)
@@ -63,15 +64,9 @@ def measured_costs(
         100 * found.usual_error,
         found.costs,
     )
-    if found.steady:
+    if path is not None and found.steady:
         _write(path, found.costs)
     return found.costs
-
-
-def _cache_folder() -> Path:
-    """As the XDG base directory specification says: a relative path there counts as unset."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "octavo" / "costs"
 
 
 def _identity(checkpoint: Checkpoint, storage: KVStorage, page_size: int) -> str:

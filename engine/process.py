@@ -13,7 +13,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
+from collections import deque
 
 _started = time.perf_counter()
 
@@ -39,7 +41,7 @@ logger = logging.getLogger("octavo.engine")
 
 
 class Link:
-    """The engine's end of the socket."""
+    """The engine's end of the socket. A ZeroMQ socket is for one thread: for the one that made this."""
 
     def __init__(self, path: str) -> None:
         self.context = zmq.Context(io_threads=1)
@@ -51,11 +53,20 @@ class Link:
         self.poller = zmq.Poller()
         self.poller.register(self.socket, zmq.POLLIN)
         self.poller.register(sys.stdin.fileno(), zmq.POLLIN)
+        self._owner = threading.get_ident()
+        self._from_others: deque[FromEngine] = deque()
         self.encoder = msgspec.msgpack.Encoder()
         self.decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 
     def send(self, message: FromEngine) -> None:
-        self.socket.send(self.encoder.encode(message))
+        """What another thread sends (log lines, of copies above all) leaves with the owner's next call."""
+        self._from_others.append(message)
+        if threading.get_ident() == self._owner:
+            self._send_all()
+
+    def _send_all(self) -> None:
+        while self._from_others:
+            self.socket.send(self.encoder.encode(self._from_others.popleft()))
 
     def wake_on(self, news: int) -> None:
         """Waiting ends as well when this file descriptor becomes readable."""
@@ -63,6 +74,7 @@ class Link:
 
     def receive(self, wait: bool) -> list[ToEngine]:
         """Everything that has arrived; with `wait`, sleeps until something does, or there is other news."""
+        self._send_all()
         events = dict(self.poller.poll(None if wait else 0))
         messages: list[ToEngine] = []
         if self.socket in events:

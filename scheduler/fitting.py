@@ -53,6 +53,15 @@ def fit(samples: SequenceOf[Sample], prior: CostModel) -> CostModel:
     return replace(prior, **{name: unit * x for name, unit, x in zip(FITTED, units, found, strict=True)})
 
 
+def scaled(samples: SequenceOf[Sample], prior: CostModel) -> CostModel:
+    """The prior at the speed of the samples, for too few of them to tell its constants apart; copies stay the
+    prior's. Without samples it is the prior."""
+    if not samples:
+        return prior
+    speed = median(sample.seconds / prior.step(sample.slices) for sample in samples)
+    return replace(prior, **{name: speed * getattr(prior, name) for name in FITTED})
+
+
 def relative_error(samples: SequenceOf[Sample], costs: CostModel) -> float:
     """The median of |predicted - measured| / measured."""
     return median(abs(costs.step(sample.slices) / sample.seconds - 1.0) for sample in samples)

@@ -11,7 +11,7 @@ import torch
 
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
-from engine.calibration import calibrate, probe_steps
+from engine.calibration import PRIOR, calibrate, probe_steps
 from engine.kv_storage import KVStorage
 from engine.models.transformer import Transformer
 from tests.engine.tiny import CPU, TINY, random_weights
@@ -62,6 +62,8 @@ def test_a_slow_model_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == found.num_steps == 1
     assert not found.steady, "one step tells too little to be kept"
     assert found.costs.step([(0, 1)]) >= 0.05
+    speeds = [new / old for new, old in zip(astuple(found.costs)[:5], astuple(PRIOR)[:5], strict=True)]
+    assert max(speeds) == pytest.approx(min(speeds)), "too few to tell the constants apart"
 
 
 def test_a_step_that_fails_leaves_an_estimate_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,8 @@ MACHINE = Path(__file__).parents[2] / "configs" / "machines" / "h100-8b.toml"
 class Machine:
     """Counts measurements; each finds other costs."""
 
-    def __init__(self, weights: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weights: Path, folder: Path | None, dtype: torch.dtype = torch.float32) -> None:
+        self.folder = folder
         weights.write_bytes(b"weights")
         self.count = 0
         self.steady = True
@@ -41,18 +42,17 @@ class Machine:
 
     def costs(self, setting: str = "", page_size: int = 16) -> CostModel:
         parts = cast("Any", (self.checkpoint, None, self.storage, None))
-        return measured_costs(setting, *parts, SchedulerConfig(page_size=page_size))
+        return measured_costs(setting, *parts, SchedulerConfig(page_size=page_size), self.folder)
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache" / "octavo" / "costs"
 
 
 @pytest.fixture
 def machine(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    made = Machine(tmp_path / "model.gguf")
+    made = Machine(tmp_path / "model.gguf", cache.parent)
     monkeypatch.setattr(engine.measured_costs, "calibrate", made.calibrate)
     return made
 
@@ -80,6 +80,12 @@ def test_a_machine_file_replaces_the_measurement(machine: Machine, cache: Path) 
 def test_unsteady_measurements_are_not_kept(machine: Machine, cache: Path) -> None:
     machine.steady = False
     assert machine.costs() != machine.costs()
+    assert not cache.exists()
+
+
+def test_without_a_state_folder_nothing_is_kept(machine: Machine, cache: Path) -> None:
+    machine.folder = None
+    assert (machine.costs().step_s, machine.costs().step_s) == (1.0, 2.0)
     assert not cache.exists()
 
 
