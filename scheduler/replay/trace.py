@@ -49,7 +49,7 @@ class Trace:
 def read_trace(path: Path, limit: int | None = None) -> Trace:
     """The first `limit` rows, sorted by arrival. Lengths are at least 1. Raises TraceError."""
     try:
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             rows = list(islice(_rows(path, lines), limit))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -67,7 +67,9 @@ def _rows(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
     try:
         for number, row in enumerate(parse(lines), 1):  # noqa: B007  (named in the error)
             yield row
-    except (KeyError, ValueError, TypeError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise TraceError(f"{path}: row {number + 1} is not of a known format: {error!r}") from None
 
 

@@ -67,13 +67,23 @@ def test_tenants_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a,b\n1,2\n", "arrival,input,output\n0,1,x\n", "arrival,input,output\nnan,1,1\n"]
+    "text",
+    [
+        b"",
+        b"a,b\n1,2\n",
+        b"arrival,input,output\n0,1,x\n",
+        b"arrival,input,output\nnan,1,1\n",
+        b"arrival,input,output\n" + 200_000 * b"9",
+        5000 * b"\xff",
+    ],
+    ids=["empty", "another", "no number", "nan", "endless", "no text"],
 )
-def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
+def test_what_is_no_trace_is_refused_in_a_line(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "bad.csv"
-    path.write_text(text)
-    with pytest.raises(TraceError, match=r"bad\.csv"):
+    path.write_bytes(text)
+    with pytest.raises(TraceError, match=r"bad\.csv") as refused:
         read_trace(path)
+    assert len(str(refused.value)) < 400
 
 
 def test_work_is_what_a_replay_charges() -> None:
