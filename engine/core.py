@@ -81,7 +81,7 @@ class EngineCore:
             self.scheduler.copied(self.copier.finished())
         self._collect(self.scheduler.expire())
         plan = self.scheduler.plan()
-        self._log_preemptions(plan)
+        self._set_aside(plan)
         if self.copier is not None:
             self.copier.start(plan.copies)
             self._waits_for_copies = not plan.slices and self.scheduler.has_work
@@ -99,8 +99,10 @@ class EngineCore:
         if self.copier is not None:
             self.copier.close()
 
-    def _log_preemptions(self, plan: StepPlan) -> None:
+    def _set_aside(self, plan: StepPlan) -> None:
+        """Also under a plan that computes nothing, since it waits for copies: places are few."""
         for entry in plan.preempted:
+            self.runner.set_aside(entry.seq_id)
             victim = self.scheduler.sequence(entry.seq_id)
             logger.debug(
                 "preempted request=%s choice=%d level=%d tokens=%d short_of=%s for_request=%s",

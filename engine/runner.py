@@ -58,10 +58,12 @@ class Runner:
         self.processors.pop(seq_id, None)
         self.batches.release(seq_id)
 
+    def set_aside(self, seq_id: int) -> None:
+        """The sequence holds no pages for now; what else is known of it stays."""
+        self.batches.release(seq_id)
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
-        for entry in plan.preempted:
-            self.batches.release(entry.seq_id)
         if self.storage.tainted:
             self.storage.clear(self._fresh_pages(plan))
         batch = self.batches.build(plan)
