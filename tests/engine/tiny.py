@@ -85,6 +85,7 @@ def tiny_core(
 ) -> EngineCore:
     """`disk`: the file of the disk pages, if `settings` have any; `before`: the copier's hook. With host
     pages the core has a copy thread: it is to be closed."""
+    torch.set_num_threads(1)  # a second one gains nothing here, and spins beside a busy neighbour
     scheduling = replace(SETTINGS, **settings)  # type: ignore[arg-type]
     ops = pick(CPU)
     model = Transformer(TINY, random_weights(TINY), ops)
