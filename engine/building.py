@@ -113,13 +113,17 @@ def _lower_tiers(
     disk_pages = settings.disk_pages or config.disk_cache_bytes // storage.page_bytes
     if not host_pages:
         if disk_pages:
-            raise EngineConfigError("a disk cache needs host pages above it: set host_cache_bytes as well")
+            raise EngineConfigError(
+                f"a disk cache needs host pages above it: set host_cache_bytes to at least {storage.page_bytes}"
+            )
         return replace(settings, host_pages=0, disk_pages=0), None, {}
     free = free_bytes(torch.device("cpu"))
+    if storage.pages.device.type == "cpu":
+        free -= settings.num_pages * storage.page_bytes  # promised, though not touched yet
     if host_pages * storage.page_bytes > free:
         raise EngineConfigError(
-            f"{host_pages} host pages take {host_pages * storage.page_bytes} bytes, {free} are free: lower "
-            f"host_cache_bytes"
+            f"{host_pages} host pages take {host_pages * storage.page_bytes} bytes, {max(0, free)} are free: "
+            f"lower host_cache_bytes"
         )
     disk = None
     if disk_pages:

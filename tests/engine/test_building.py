@@ -1,0 +1,43 @@
+"""Memory that is promised twice would end a server later, in the middle of its work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import engine.building
+from engine.building import EngineConfigError, build_engine
+from engine.config import EngineConfig
+from scheduler.config import SchedulerConfig
+
+FREE = 100_000_000
+DEVICE_PAGES = 200  # of 368,640 bytes: they leave 26 MB
+COSTS = str(Path(__file__).parents[2] / "configs" / "machines" / "cpu-2-cores-smollm2-135m.toml")
+
+
+def config(**bytes_below: int) -> EngineConfig:
+    return EngineConfig(
+        device="cpu",
+        dtype="bfloat16",
+        state_folder="-",
+        costs=COSTS,
+        scheduler=SchedulerConfig(num_pages=DEVICE_PAGES),
+        **bytes_below,  # type: ignore[arg-type]
+    )
+
+
+def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.building, "free_bytes", lambda device: FREE)
+    with pytest.raises(EngineConfigError, match=r"135 host pages .* 26272000 are free"):
+        build_engine(config(host_cache_bytes=50_000_000))
+    built = build_engine(config(host_cache_bytes=20_000_000))
+    assert (built.ready.num_pages, built.ready.host_pages) == (DEVICE_PAGES, 54)
+    built.core.close()
+
+
+def test_a_disk_needs_a_host_page_and_a_place() -> None:
+    with pytest.raises(EngineConfigError, match="set host_cache_bytes to at least 368640"):
+        build_engine(config(host_cache_bytes=368_639, disk_cache_bytes=10**7))
+    with pytest.raises(EngineConfigError, match="set disk_cache_path"):
+        build_engine(config(host_cache_bytes=10**7, disk_cache_bytes=10**7))
