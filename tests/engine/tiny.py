@@ -44,7 +44,13 @@ TINY = TransformerConfig(
     max_positions=512,
 )
 COPIES_WITHIN_S = 5.0
-SETTINGS = SchedulerConfig(num_pages=256, max_num_seqs=16, max_num_batched_tokens=64, policy="fcfs")
+SETTINGS = SchedulerConfig(
+    num_pages=256,
+    max_num_seqs=16,
+    max_num_batched_tokens=64,
+    policy="fcfs",
+    growth_share=0.0,  # where pages are few, too many are admitted, and preempted as they grow
+)
 
 
 def random_weights(config: TransformerConfig, seed: int = 0) -> dict[str, torch.Tensor]:
