@@ -114,7 +114,8 @@ def _lower_tiers(
     if not host_pages:
         if disk_pages:
             raise EngineConfigError(
-                f"a disk cache needs host pages above it: set host_cache_bytes to at least {storage.page_bytes}"
+                f"a disk cache needs host pages above it: host_cache_bytes must be at least "
+                f"{storage.page_bytes}"
             )
         return replace(settings, host_pages=0, disk_pages=0), None, {}
     free = free_bytes(torch.device("cpu"))

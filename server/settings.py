@@ -285,8 +285,6 @@ def _check_secret(value: object) -> None:
         raise ValueError(f"filled in: {HIDDEN} is how --print-config masks it")
     if isinstance(value, tuple) and any(not item or item != item.strip() for item in value):
         raise ValueError("a list without empty or space-padded items")
-    if isinstance(value, str) and value != value.strip():
-        raise ValueError("without spaces around it")
 
 
 def _check_together(server: ServerConfig) -> None:

@@ -37,7 +37,7 @@ def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_disk_needs_a_host_page_and_a_place() -> None:
-    with pytest.raises(EngineConfigError, match="set host_cache_bytes to at least 368640"):
+    with pytest.raises(EngineConfigError, match="host_cache_bytes must be at least 368640"):
         build_engine(config(host_cache_bytes=368_639, disk_cache_bytes=10**7))
     with pytest.raises(EngineConfigError, match="set disk_cache_path"):
         build_engine(config(host_cache_bytes=10**7, disk_cache_bytes=10**7))

@@ -100,7 +100,6 @@ def test_text_is_parsed_by_the_type_of_the_field(name: str, text: str, value: ob
         ("host", 3, "host must be a string"),
         ("api_keys", [1], "api_keys must be a list of strings"),
         ("api_keys", "a,,b", "api_keys must be a list without empty or space-padded items (flag --api-keys)"),
-        ("admin_key", " k", "admin_key must be without spaces around it (flag --admin-key)"),
         ("api_keys", "", "api_keys must be a list without empty"),
         ("api_keys", " , ", "api_keys must be a list without empty"),
         ("api_keys", [""], "api_keys must be a list without empty"),
