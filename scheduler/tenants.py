@@ -2,7 +2,7 @@
 attributed service divided by the tenant's weight.
 
 The least served tenant goes first. One that comes back after a pause is lifted to the least served of
-those who stayed, so nobody saves up a claim while idle.
+those who stayed, or if nobody did, to the one that went last. So nobody saves up a claim while idle.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Tenants:
         self._idle: OrderedDict[str, Tenant] = OrderedDict()
         self._by_number: dict[int, Tenant] = {}  # the active ones
         self._least_served = LazyMinimum()
+        self._last_s = 0.0  # the counter of the last one that went
         self._next_number = 0
 
     def enter(self, name: str) -> Tenant:
@@ -72,8 +73,8 @@ class Tenants:
         if tenant is None:
             tenant = self._idle.pop(name, None) or self._new(name)
             least = self._least_served.first(self.served_s)
-            if least is not None:
-                tenant.served_s = max(tenant.served_s, self._by_number[least].served_s)
+            least_s = self._last_s if least is None else self._by_number[least].served_s
+            tenant.served_s = max(tenant.served_s, least_s)
             self.active[name] = self._by_number[tenant.number] = tenant
             self._least_served.push(tenant.number, tenant.served_s)
         tenant.num_live += 1
@@ -85,6 +86,7 @@ class Tenants:
         if not tenant.num_live:
             assert not tenant.num_running, "a tenant that is gone still runs"
             del self.active[name], self._by_number[tenant.number]
+            self._last_s = tenant.served_s
             self._idle[name] = tenant
             if len(self._idle) > MAX_IDLE_TENANTS:
                 self._idle.popitem(last=False)

@@ -229,13 +229,14 @@ class Tiers:
     def ended(self, copied: Copied) -> list[int]:
         """A copy has ended. -> sequences whose pages are all there now, or will not come"""
         copy = self.in_flight.pop(copied.number)
-        ok = copied.ok and copied.number not in self._unwanted
+        unwanted = copied.number in self._unwanted
         self._unwanted.discard(copied.number)
+        ok = copied.ok and not unwanted
         if copy.source is Tier.DEVICE:
             self.pool.release([copy.source_page], first_out=True)
         else:
             # A failed write to the disk is not the host page's fault.
-            damaged = not ok and copy.target is Tier.DEVICE
+            damaged = unwanted or (not ok and copy.target is Tier.DEVICE)
             self._tier(copy.source).end_read(copy.key, not damaged)
         if copy.target is Tier.DEVICE:
             return self._arrived(copy, ok)

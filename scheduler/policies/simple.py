@@ -66,8 +66,6 @@ class HighestResponseRatioNext(_Simple):
         self._costs, self._chunk, self._places, self._clock = costs, chunk, places, clock
 
     def level(self, work: Work) -> int:
-        if work.num_output:
-            return work.level
         return _class_of(self._costs.prefill(0, max(1, work.prompt_len), self._chunk, self._places))
 
     def key(self, level: int, arrival_s: float) -> float:
@@ -84,9 +82,9 @@ class ShortestRemainingFirst(_Simple):
         self._costs, self._chunk, self._places = costs, chunk, places
 
     def level(self, work: Work) -> int:
-        left_s = self._costs.prefill(
-            work.prompt_len - work.num_left, work.num_left, self._chunk, self._places
-        )
+        left = work.num_left
+        start = work.prompt_len + work.num_output - left
+        left_s = self._costs.prefill(start, left, self._chunk, self._places)
         context = work.prompt_len + work.max_output // 2
         num_output = max(1, work.max_output - work.num_output)
         return _class_of(left_s + num_output * self._costs.decode(context, self._places))

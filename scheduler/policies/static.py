@@ -49,7 +49,8 @@ class StaticFeedbackQueue:
         left = work.num_left
         work_s = work.attained_s
         if left:
-            work_s += self._costs.prefill(work.prompt_len - left, left, self._chunk, self._places)
+            start = work.prompt_len + work.num_output - left
+            work_s += self._costs.prefill(start, left, self._chunk, self._places)
         sunk = math.ceil(math.log2(work_s / self._quantum_s)) if work_s > self._quantum_s else 0
         return max(work.level, min(sunk, self._num_levels - 1))
 

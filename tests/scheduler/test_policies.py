@@ -109,6 +109,18 @@ def test_hrrn_keeps_its_level_over_a_preemption() -> None:
     assert policy.level(OneWork(prompt_len=100, num_left=0, num_output=3, level=level)) == level
 
 
+@pytest.mark.parametrize("policy", ["mlfq", "mlfq-static", "srpt"])
+def test_output_that_was_delivered_before_a_crash_is_computed_like_a_prompt(policy: str) -> None:
+    order = policy_of(policy)
+    work = OneWork(prompt_len=40, num_output=500, max_output=600, num_left=540)
+    assert order.level(work) > order.level(replace(work, num_left=0))
+
+
+def test_hrrn_places_what_comes_with_output_by_its_prompt() -> None:
+    order = policy_of("hrrn")
+    assert order.level(OneWork(prompt_len=100, num_left=103, num_output=3)) == order.level(arriving(100))
+
+
 def test_srpt_takes_the_least_remaining_service() -> None:
     policy = policy_of("srpt")
     short, long = arriving(10, 5.0, max_output=10), arriving(10, 1.0, max_output=100)

@@ -51,19 +51,21 @@ def test_who_comes_back_is_lifted_to_the_least_served_that_stayed() -> None:
 def test_who_had_more_than_those_that_stayed_keeps_it() -> None:
     tenants = Tenants({})
     tenants.enter("idle")
+    tenants.enter("a")
     tenants.charge("idle", 50.0)
     tenants.leave("idle")
-    tenants.enter("a")
     tenants.charge("a", 7.0)
     assert tenants.enter("idle").served_s == 50.0
 
 
-def test_with_nobody_there_nobody_is_lifted() -> None:
+def test_with_nobody_there_one_is_lifted_to_who_went_last() -> None:
+    """Else who comes at a quiet moment would go first until it had had as much as the others ever had."""
     tenants = Tenants({})
     tenants.enter("a")
     tenants.charge("a", 9.0)
     tenants.leave("a")
-    assert tenants.enter("b").served_s == 0.0
+    assert tenants.enter("b").served_s == 9.0
+    assert tenants.enter("a").served_s == 9.0
 
 
 def test_idle_tenants_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,17 @@ def test_content_that_went_wrong_is_offered_by_no_tier_not_even_when_its_copy_la
     assert not world.tiers._unwanted
 
 
+def test_content_that_went_wrong_while_it_was_written_to_the_disk_leaves_the_host_as_well() -> None:
+    world = World(disk=4)
+    world.on_host(1)
+    assert world.copies() == [(1, Tier.HOST, Tier.DISK)]
+    world.tiers.forget(key(1))
+    world.land()
+    assert world.tiers.chain([key(1)]) == []
+    assert len(world.tiers.host.free) == 8
+    assert len(world.tiers.disk.free) == 4
+
+
 def test_without_host_pages_there_are_no_tiers() -> None:
     tiers = World(host=0, disk=8, k5=2).tiers
     assert not tiers.enabled
