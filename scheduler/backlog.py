@@ -62,7 +62,7 @@ class Backlog:
     def service_s(self, sequence: Sequence, share: float) -> float:
         """Attributed seconds of a newcomer: its prefill, and a share of the output expected of it."""
         prompt_len = sequence.prompt_len
-        output = self._expected_output(sequence) * share
+        output = self.expected_output(sequence) * share
         left = sequence.num_left
         prefill_s = self._costs.prefill(sequence.num_known - left, left, self._chunk, self._places)
         return prefill_s + output * self._costs.decode(prompt_len, self._places)
@@ -71,10 +71,9 @@ class Backlog:
         """The least wall time that the same takes in a batch of its own."""
         left = sequence.num_left
         prefill_s = self._costs.prefill(sequence.num_known - left, left, self._chunk, 1)
-        return prefill_s + self._expected_output(sequence) * share * self._costs.decode(
-            sequence.prompt_len, 1
-        )
+        return prefill_s + self.expected_output(sequence) * share * self._costs.decode(sequence.prompt_len, 1)
 
-    def _expected_output(self, sequence: Sequence) -> float:
+    def expected_output(self, sequence: Sequence) -> float:
+        """Tokens that it is still to have, by what was learned from others and its own limit."""
         index = self._lengths.index(sequence.tenant, sequence.prompt_len)
         return index.mean_left(sequence.num_output, sequence.max_output)

@@ -66,6 +66,14 @@ class SchedulerConfig:
     max_copies_in_flight: int = field(
         default=256, metadata={"help": "pages on their way between tiers at a time", "min": 1}
     )
+    growth_share: float = field(
+        default=0.6,
+        metadata={
+            "help": "share of their expected output for which pages are kept when others are admitted: 0 "
+            "preempts and computes twice, 1 leaves pages idle",
+            "min": 0.0,
+        },
+    )
     min_shared_tokens: int = field(
         default=64, metadata={"help": "a common prefix from which sequences are grouped", "min": 1}
     )

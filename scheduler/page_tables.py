@@ -62,7 +62,7 @@ class PageTables:
             self.pool.hold(page)
         sequence.pages = found
         sequence.num_computed = sequence.num_findable = len(found) * self.page_size
-        sequence.num_pages_sent = 0
+        sequence.num_pages_sent = sequence.num_offered = 0
 
     def missing(self, sequence: Sequence, num_slots: int) -> int:
         """Pages that the sequence lacks for its first `num_slots` slots."""

@@ -14,7 +14,7 @@ from scheduler.agenda import Agenda, Order
 from scheduler.levels import LevelCounts
 from scheduler.plan import Preempted
 from scheduler.types import Sequence, SequenceState
-from scheduler.waiting import OVERDUE, WaitingQueue
+from scheduler.waiting import OVERDUE_LEAD_S, WaitingQueue
 
 if TYPE_CHECKING:
     from scheduler.clock import Clock
@@ -66,7 +66,8 @@ class Places:
         key = self.policy.key
         ranked = []
         for piece in self.running.values():
-            first = OVERDUE if piece.is_overdue else key(piece.level, piece.request.arrival_s)
+            arrival_s = piece.request.arrival_s
+            first = arrival_s - OVERDUE_LEAD_S if piece.is_overdue else key(piece.level, arrival_s)
             ranked.append(((first, piece.seq_id), piece))
         ranked.sort(key=itemgetter(0))
         return ranked
@@ -136,12 +137,14 @@ class Places:
             sequence = entry[1]
             self._put_aside.discard(sequence.seq_id)
             self.num_overdue += 1
-            waits = sequence.seq_id in self.waiting
-            if waits:
+            if sequence.seq_id in self.waiting:
                 self.waiting.discard(sequence)
-            sequence.is_overdue = True
-            if waits:
+                sequence.is_overdue = True
                 self.waiting.push(sequence)
+                continue
+            sequence.is_overdue = True
+            if sequence.seq_id not in self.tables.tiers.fetches:
+                self.unpark(sequence.seq_id)  # nobody else's pace counts any more
 
     # Parking
 

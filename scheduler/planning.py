@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 PARKED_PER_PLACE = 2  # no more are parked, or one prefix that a whole queue shares would park it at once
+COPIED_AHEAD = 4  # running sequences, the last in order, whose pages are copied down before they are taken,
+COPY_AHEAD_SHARE = 4  # when less than 1 / COPY_AHEAD_SHARE of all pages is available
 MAX_COMPARED_VICTIMS = 16  # of the lowest level, the last in order, whose cost to restore is compared
 
 Ranked = tuple["Order", "Sequence"]
@@ -69,6 +71,8 @@ class Planner:
         self._places.call_overdue()
         ranked = self._seat_those_ahead(self._places.by_policy())
         slices, left = self._serve_running(ranked)
+        if self._tables.tiers.enabled:
+            self._copy_ahead(ranked)
         if len(self._places.preempted) == preempted:
             slices += self._admit(left)
         return slices
@@ -86,18 +90,20 @@ class Planner:
             order = places.order(sequence)
             if behind[-1][0] < order:
                 break
-            found = self._ready(sequence)
-            if found is None:
+            found = self._tables.find(sequence)
+            if self._waits_for_another(sequence, len(found)):
                 continue
             victims = self._victims(sequence, order, found, behind)
             if victims is None:
                 break
             for reason, victim in victims:
                 places.set_aside(victim, reason, sequence)
-            behind = [entry for entry in behind if entry[1].seq_id in places.running]
-            self._seat(sequence, found)
-            claimed += sequence.num_tokens - sequence.num_computed
-        return places.by_policy() if claimed else ranked
+            if victims:
+                behind = [entry for entry in behind if entry[1].seq_id in places.running]
+            if not self._fetches(sequence, found):  # there is room for its pages now
+                self._seat(sequence, found)
+                claimed += sequence.num_tokens - sequence.num_computed
+        return places.by_policy() if claimed else behind
 
     def _victims(
         self, sequence: Sequence, order: Order, found: list[int], behind: list[Ranked]
@@ -151,7 +157,7 @@ class Planner:
         references = self._tables.pool.references
         kept = set(found)
         own = sum(1 for page in victim.pages if references[page] == 1 and page not in kept)
-        return own + self._tables.missing(victim, victim.num_tokens) + 1
+        return own + self._goal(victim) - len(victim.pages)
 
     # Round 2
 
@@ -210,6 +216,18 @@ class Planner:
             self._tables.grow(sequence, slots)
         return True
 
+    def _copy_ahead(self, ranked: list[Ranked]) -> None:
+        """When pages run short, those of the last in order begin to be copied down before they are taken:
+        once they are, it is too late."""
+        tables, running = self._tables, self._places.running
+        if tables.pool.available * COPY_AHEAD_SHARE > tables.pool.num_pages:
+            return
+        for order, sequence in ranked[-COPIED_AHEAD:]:
+            full_pages = sequence.num_findable // tables.page_size
+            if sequence.seq_id in running and sequence.num_offered < full_pages:
+                tables.tiers.put_aside(sequence.pages[sequence.num_offered : full_pages], order[0])
+                sequence.num_offered = full_pages
+
     # Round 3
 
     def _admit(self, left: int) -> list[Slice]:
@@ -227,7 +245,7 @@ class Planner:
             if needed > spare - self._reserve and (places.running or needed > self._tables.pool.available):
                 break
             self._seat(sequence, found)
-            spare -= needed + 1
+            spare -= needed
             share = _portion(sequence, left)
             left -= share
             if not share:
@@ -292,23 +310,29 @@ class Planner:
             self._frontier.add(sequence)
 
     def _spare_pages(self) -> int:
-        """Available pages that nobody who runs will need soon: neither for tokens that are known
-        already, nor one more each to grow into. Admitting beyond that would end in preemptions."""
+        """Available pages that nobody who runs is expected to need. Admitting beyond that would end in
+        preemptions and in tokens computed twice."""
         size, running = self._tables.page_size, self._places.running
-        promised = len(running)
-        for piece in running.values():  # nobody holds more pages than are wanted (PageTables.trim)
-            wanted = len(piece.tokens) + len(piece.window.tokens)
-            promised += -(-wanted // size) - len(piece.pages)
+        promised = 0
+        for piece in running.values():  # as `_goal`, inline: this is walked in every plan
+            goal = len(piece.tokens) + len(piece.window.tokens) + size
+            if goal < piece.num_expected:
+                goal = piece.num_expected
+            promised += -(-goal // size) - len(piece.pages)
         return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
 
+    def _goal(self, sequence: Sequence) -> int:
+        """Pages that a sequence is expected to hold in the end; at least one more than it needs now."""
+        slots = max(sequence.num_tokens + self._tables.page_size, sequence.num_expected)
+        return min(self._tables.pages_for(slots), self._config.num_pages)
+
     def _promised_to(self, fetching: Iterable[int]) -> int:
-        pages_for, parked = self._tables.pages_for, self._places.parked
-        return sum(pages_for(parked[number].num_tokens) for number in fetching)
+        return sum(self._goal(self._places.parked[number]) for number in fetching)
 
     def _needed_pages(self, sequence: Sequence, found: list[int]) -> int:
         """Available pages that seating a sequence uses up: new ones, and found ones nobody holds."""
         unheld = sum(1 for page in found if self._tables.pool.references[page] == 0)
-        return self._tables.pages_for(sequence.num_tokens) - len(found) + unheld
+        return self._goal(sequence) - len(found) + unheld
 
 
 def make_slice(sequence: Sequence, share: int) -> Slice:

@@ -270,6 +270,8 @@ class Scheduler:
     def _join(self, sequence: Sequence) -> None:
         self._places.join(sequence)
         self._backlog.add(sequence)
+        expected = self._backlog.expected_output(sequence) * self.config.growth_share
+        sequence.num_expected = sequence.prompt_len + sequence.num_output + int(expected)
 
     # Advancing
 

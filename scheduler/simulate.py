@@ -280,6 +280,7 @@ def draw_config(rng: random.Random, policy: str) -> SchedulerConfig:
         victims=rng.choice(VICTIMS),
         reserve_share=rng.choice((0.0, 0.1)),
         max_copies_in_flight=rng.choice((1, 4, 256)),
+        growth_share=rng.choice((0.0, 1.0)),
         min_shared_tokens=rng.choice((1, 8)),
         tenant_weights=rng.choice(((), ("a=3",))),
         max_tenant_running=rng.choice((0, 0, 1, 2)),

@@ -1,6 +1,8 @@
 """Who has a place on the simulated machine, and who waits.
 
-The rules are those of `scheduler.planning`, at the start of each step:
+The rules are those of `scheduler.planning`, at the start of each step. Left out is what needs the tokens
+themselves (common prefixes, parking), and fairness between tenants, the reserve of pages, the share set apart
+for a long head of the order, and victims by what they cost to restore (`victims` counts as "last"):
 
 1. Seats. Under a preemptive policy waiting jobs that precede a running one get a place; if need be those of
    the last ones, as long as each victim's key is behind by more than the seconds it costs to restore it.

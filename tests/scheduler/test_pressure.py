@@ -43,7 +43,7 @@ def _requests() -> list[Request]:
     return requests
 
 
-def _run(policy: str, victims: str, host_pages: int) -> SchedulerStats:
+def _run(policy: str, victims: str, host_pages: int, growth_share: float = 0.0) -> SchedulerStats:
     """Serve all requests with pages for 5 % of what they need together; every text is checked."""
     requests, rng, clock = _requests(), random.Random(1), ManualClock()
     demand = sum(-(-(len(one.prompt_ids) + one.sampling.max_tokens) // PAGE_SIZE) for one in requests)
@@ -57,6 +57,7 @@ def _run(policy: str, victims: str, host_pages: int) -> SchedulerStats:
         max_num_batched_tokens=64,
         max_queued_requests=1000,
         reserve_share=0.0,
+        growth_share=growth_share,
     )
     scheduler = Scheduler(config, clock, MAX_MODEL_LEN, COSTS)
     tiers = FakeTiers(rng, config.num_pages, PAGE_SIZE, failing=0.0, slowness=0.3)
@@ -93,3 +94,12 @@ def test_everything_ends_with_the_right_text(policy: str, victims: str) -> None:
 def test_with_host_pages_too(policy: str) -> None:
     stats = _run(policy, "cheapest", host_pages=1000)
     assert stats.num_pages_up > 0
+
+
+@pytest.mark.parametrize("policy", ["mlfq", "fcfs"])
+def test_room_to_grow_halves_what_is_computed_twice(policy: str) -> None:
+    """Against admitting whatever fits now and preempting the last in order."""
+    default = SchedulerConfig()
+    before = _run(policy, "last", host_pages=0)
+    after = _run(policy, default.victims, host_pages=0, growth_share=default.growth_share)
+    assert after.recomputed_tokens <= before.recomputed_tokens / 2

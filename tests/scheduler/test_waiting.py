@@ -112,7 +112,13 @@ def test_the_limit_holds_for_the_overdue_too() -> None:
 
 
 _PUSHES = st.lists(
-    st.tuples(st.floats(0, 20), st.integers(0, 1), st.sampled_from("abc"), st.booleans(), st.floats(0, 9)),
+    st.tuples(
+        st.sampled_from([0.0, 0.5, 3.0, 7.25, 20.0]),
+        st.integers(0, 1),
+        st.sampled_from("abc"),
+        st.booleans(),
+        st.floats(0, 9),
+    ),
     min_size=1,
     max_size=12,
 )

@@ -231,7 +231,7 @@ def test_a_planted_bug_is_found(
 ) -> None:
     monkeypatch.setattr(owner, name, bug(getattr(owner, name)))
     with pytest.raises((AssertionError, LookupError)):
-        _simulate(300)
+        _simulate(1000)
 
 
 def test_a_failure_prints_how_to_replay_it(
