@@ -40,9 +40,7 @@ class EngineConfig:
         default=0,
         metadata={"help": "disk space for KV pages that leave host memory; 0 = none", "min": 0},
     )
-    disk_cache_path: str = field(
-        default="", metadata={"help": "the file for them; empty = in the user's cache folder"}
-    )
+    disk_cache_path: str = field(default="", metadata={"help": "the file for them; empty = in state_folder"})
     state_folder: str = field(
         default="",
         metadata={
