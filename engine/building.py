@@ -130,7 +130,8 @@ def _lower_tiers(
     if disk_pages:
         identity = kv_identity(checkpoint, storage.pages.dtype, storage.pages.device, settings.page_size)
         disk = open_disk_file(_disk_path(config, identity), identity, storage.page_bytes, disk_pages)
-    index = disk.index() if disk else {}
+    # Without a prefix cache pages are private, by numbers that every process counts anew.
+    index = disk.index() if disk and settings.prefix_cache else {}
     copier = Copier(storage, HostPool(storage, host_pages), disk)
     return replace(settings, host_pages=host_pages, disk_pages=disk_pages if disk else 0), copier, index
 
