@@ -43,6 +43,7 @@ check: $(VENV)/.installed-test
 
 sim: $(VENV)/.installed
 	$(BIN)/python -m scheduler.simulate --seeds $(SEEDS)
+	$(BIN)/python -m tests.sim.protocol --seeds $(SEEDS)
 
 bench: $(VENV)/.installed
 	$(BIN)/octavo bench --start --workload all --model "$(MODEL)" --json $(RESULT) $(ARGS)
