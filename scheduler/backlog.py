@@ -51,13 +51,15 @@ class Backlog:
             self._counted[sequence.seq_id] = sequence.level
         sequence.backlog_s = left_s
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence) -> bool:
+        """-> whether it was there: one that ended at once never came"""
         level = self._counted.pop(sequence.seq_id, None)
         if level is None:
-            return
+            return False
         self._by_level[level] -= sequence.backlog_s
         if not self._counted:
             self._by_level.clear()  # what is left are rounding errors
+        return True
 
     def service_s(self, sequence: Sequence, share: float) -> float:
         """Attributed seconds of a newcomer: its prefill, and a share of the output expected of it."""

@@ -61,7 +61,7 @@ class SchedulerConfig:
     )
     reserve_share: float = field(
         default=0.02,
-        metadata={"help": "share of the pages kept free for those who precede everyone running", "min": 0.0},
+        metadata={"help": "share of the pages kept free for those who precede somebody running", "min": 0.0},
     )
     max_copies_in_flight: int = field(
         default=256, metadata={"help": "pages on their way between tiers at a time", "min": 1}
@@ -81,7 +81,11 @@ class SchedulerConfig:
         default=(), metadata={"help": "name=weight: shares of service under contention; others weigh 1"}
     )
     max_tenant_running: int = field(
-        default=0, metadata={"help": "sequences of one tenant computed in one step; 0 = no limit", "min": 0}
+        default=0,
+        metadata={
+            "help": "sequences of one tenant computed in one step, in whatever order it has; 0 = no limit",
+            "min": 0,
+        },
     )
     static_quantum_s: float = field(
         default=0.1, metadata={"help": "mlfq-static: work that the first level covers", "min": 0.001}

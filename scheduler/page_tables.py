@@ -87,7 +87,7 @@ class PageTables:
     def forget(self, sequence: Sequence) -> None:
         """Its numbers went wrong: what it alone computed is offered to nobody any more."""
         for page in sequence.pages:
-            if self.pool.references[page] == 1:
+            if self.pool.references[page] - self.tiers.num_reading(page) == 1:
                 key = self.pool.key_of.get(page)
                 self.pool.forget(page)
                 if key is not None and self.tiers.enabled:

@@ -51,6 +51,7 @@ class Places:
         self.hit_tokens = 0
         self._clock = clock
         self._max_pause_s = max_pause_s
+        self.aside: set[int] = set()  # sequences that were put aside and have no place again
         self._put_aside: Agenda[Sequence] = Agenda()  # by when they will be overdue
         self._behind: dict[int, list[tuple[int, Sequence]]] = {}  # parked behind one that computes for them
 
@@ -85,6 +86,7 @@ class Places:
         """A waiting sequence gets a place, and holds the pages found for its tokens."""
         assert not self.is_full, "more sequences than places"
         self.waiting.discard(sequence)
+        self.aside.discard(sequence.seq_id)
         self._put_aside.discard(sequence.seq_id)
         self.tables.hold(sequence, found)
         sequence.state = SequenceState.RUNNING
@@ -98,6 +100,7 @@ class Places:
         pages = list(sequence.pages)
         self._stop_running(sequence)
         sequence.num_preemptions += 1
+        self.aside.add(sequence.seq_id)
         self.num_preempted[reason] += 1
         self.counts.preempted(sequence.level)
         self.preempted.append(Preempted(sequence.seq_id, reason, beneficiary.seq_id))
@@ -118,6 +121,7 @@ class Places:
             self.tables.tiers.forget_sequence(sequence.seq_id)
         elif sequence.seq_id in self.waiting:
             self.waiting.discard(sequence)
+        self.aside.discard(sequence.seq_id)
         self._put_aside.discard(sequence.seq_id)
         self.policy.leave(sequence)
         sequence.state = SequenceState.FINISHED
@@ -158,29 +162,30 @@ class Places:
     def park_behind(self, sequence: Sequence, other: Sequence, num_tokens: int) -> None:
         """Until `other`, which runs, has computed `num_tokens` leading tokens that both share."""
         self.park(sequence)
+        sequence.parked_behind = other.seq_id
         self._behind.setdefault(other.seq_id, []).append((num_tokens, sequence))
 
     def unpark(self, seq_id: int) -> None:
         """Its pages came, or will not come: it waits for its turn again. Unknown ones are ignored."""
         sequence = self.parked.pop(seq_id, None)
         if sequence is not None:
+            sequence.parked_behind = -1
             sequence.num_found = len(self.tables.find(sequence)) * self.tables.page_size
             level = self.policy.level(sequence)
             self.counts.moved(sequence.level, level)
             sequence.level = level
             self._wait(sequence)
 
-    def unpark_behind(self, other: Sequence, num_findable: float) -> None:
+    def unpark_behind(self, other: Sequence, num_computed: float) -> None:
         """`other` has computed so many leading tokens for all to find; infinity: it computes no more."""
         waiting = self._behind.pop(other.seq_id, None)
         if waiting is None:
             return
-        left = []
-        for entry in waiting:
-            if entry[0] <= num_findable:
-                self.unpark(entry[1].seq_id)
-            elif entry[1].seq_id in self.parked:
-                left.append(entry)
+        waiting = [entry for entry in waiting if entry[1].parked_behind == other.seq_id]
+        left = [entry for entry in waiting if entry[0] > num_computed]
+        for num_tokens, sequence in waiting:
+            if num_tokens <= num_computed:
+                self.unpark(sequence.seq_id)
         if left:
             self._behind[other.seq_id] = left
 

@@ -15,7 +15,8 @@ Before a sequence is seated it is parked if what it needs is on its way: a commo
 ahead of it computes just now, or pages that lie in a lower tier and come up faster than they would be
 computed. Who has no place for want of pages is a victim: the lowest level gives way first, in it the
 one that is cheapest to restore. Being restored costs time, so a victim must come later than its
-beneficiary by more than that.
+beneficiary by more than that. Few may be put aside for others at a time: so one that was for too long
+(`max_pause_s`) finds somebody to displace who is not overdue himself, and pauses stay short.
 
 Why somebody always gets on. Let F be the first of the order among the running. Round 2 gives F at
 least one token, and everyone else's pages if F needs them; `Scheduler.add` refuses what does not fit
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 PARKED_PER_PLACE = 2  # no more are parked, or one prefix that a whole queue shares would park it at once
+ASIDE_SHARE = 8  # no more than 1 / ASIDE_SHARE of the places are owed to sequences put aside for others
 COPIED_AHEAD = 4  # running sequences, the last in order, whose pages are copied down before they are taken,
 COPY_AHEAD_SHARE = 4  # when less than 1 / COPY_AHEAD_SHARE of all pages is available
 MAX_COMPARED_VICTIMS = 16  # of the lowest level, the last in order, whose cost to restore is compared
@@ -96,6 +98,8 @@ class Planner:
             victims = self._victims(sequence, order, found, behind)
             if victims is None:
                 break
+            if victims and victims[-1][0] == "place" and self._fetches(sequence, found):
+                continue  # the place is taken when the pages are there
             for reason, victim in victims:
                 places.set_aside(victim, reason, sequence)
             if victims:
@@ -111,14 +115,15 @@ class Planner:
         """Who must go, and for what, so that `sequence` has a place and pages; none if there is room.
         None if only somebody ahead of it could make the room, or it would cost too much."""
         places = self._places
-        spare = self._spare_pages() - self._needed_pages(sequence, found)
+        spare = self._available_now() - self._needed_now(sequence, found)
         num_running = len(places.running)
+        allowed = max(1, places.max_num_seqs // ASIDE_SHARE) - len(places.aside)
         victims: list[tuple[str, Sequence]] = []
         left = list(behind)
         while num_running >= places.max_num_seqs or spare < 0:
             reason = "place" if num_running >= places.max_num_seqs else "pages"
             chosen = self._choose(left, cheapest=reason == "pages")
-            if chosen is None:
+            if chosen is None or (len(victims) >= allowed and not sequence.is_overdue):
                 return None
             entry, restore_s = chosen
             if not order[0] + restore_s < entry[0][0]:
@@ -157,7 +162,7 @@ class Planner:
         references = self._tables.pool.references
         kept = set(found)
         own = sum(1 for page in victim.pages if references[page] == 1 and page not in kept)
-        return own + self._goal(victim) - len(victim.pages)
+        return own + self._tables.missing(victim, victim.num_tokens) + 1
 
     # Round 2
 
@@ -276,7 +281,9 @@ class Planner:
         if self._frontier is None:
             self._frontier = Frontier(self._tables, places.running.values())
         shared = self._frontier.computing_for(sequence, num_found, self._config.min_shared_tokens)
-        if shared is None or not places.order(shared[0]) < places.order(sequence):
+        if shared is None or shared[0].seq_id not in places.running:
+            return False
+        if not places.order(shared[0]) < places.order(sequence):
             return False
         places.park_behind(sequence, *shared)
         return True
@@ -320,6 +327,16 @@ class Planner:
                 goal = piece.num_expected
             promised += -(-goal // size) - len(piece.pages)
         return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
+
+    def _available_now(self) -> int:
+        """Available pages that nobody who runs needs at once: for known tokens, and one to grow into."""
+        size, running = self._tables.page_size, self._places.running
+        promised = sum(-(-(piece.num_tokens + size) // size) - len(piece.pages) for piece in running.values())
+        return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
+
+    def _needed_now(self, sequence: Sequence, found: list[int]) -> int:
+        unheld = sum(1 for page in found if self._tables.pool.references[page] == 0)
+        return self._tables.pages_for(sequence.num_tokens) - len(found) + unheld
 
     def _goal(self, sequence: Sequence) -> int:
         """Pages that a sequence is expected to hold in the end; at least one more than it needs now."""

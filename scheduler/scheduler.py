@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RefusalReason", "RequestRefused", "Scheduler"]
 
+BENEFIT_OF_DOUBT = 0.5  # of the predicted wait; costs and lengths are estimates
 _COPYING_SHARE = 8  # at most 1 / 8 of the pages are held by copies in flight
 _LEARNT_FROM = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.ABORT, FinishReason.DEADLINE)
 
@@ -63,7 +64,13 @@ class Scheduler:
         self._policy = make_policy(config, self.costs, clock, self.lengths)
         self._pool = PagePool(config.num_pages)
         in_flight = max(1, min(config.max_copies_in_flight, config.num_pages // _COPYING_SHARE))
-        self._tiers = Tiers(self._pool, config.host_pages, config.disk_pages, in_flight, disk_index)
+        self._tiers = Tiers(
+            self._pool,
+            config.host_pages,
+            config.disk_pages,
+            in_flight,
+            disk_index if config.prefix_cache else None,
+        )
         self._tables = PageTables(self._pool, self._tiers, config.page_size)
         self._tenants = Tenants(parse_weights(config.tenant_weights), config.max_tenant_running)
         self._places = Places(
@@ -224,7 +231,7 @@ class Scheduler:
         limit = self.config.max_queued_requests + free_places
         if len(self._unserved) >= limit and not request.readmitted:
             message = f"{len(self._unserved)} requests wait, the most that may (max_queued_requests)"
-            wait_s = self._backlog.total_s / max(1, len(self._unserved))
+            wait_s = self._backlog.total_s / max(1, len(self._sequences))
             raise RequestRefused(RefusalReason.QUEUE_FULL, message, len(self._unserved) + 1, limit, wait_s)
 
     def _refuse_too_late(self, sequence: Sequence) -> None:
@@ -236,11 +243,18 @@ class Scheduler:
         sequence.num_found = len(self._tables.find(sequence)) * self.config.page_size
         sequence.level = self._policy.level(sequence)
         left_s = deadline_s - self._clock()
-        wait_s = self._backlog.ahead_s(sequence.level)
-        needed_s = wait_s + self._backlog.alone_s(sequence, CHARITY)
+        wait_s = self._wait_s(sequence.level)
+        needed_s = wait_s * BENEFIT_OF_DOUBT + self._backlog.alone_s(sequence, CHARITY)
         if needed_s > left_s:
             message = f"the request would take {needed_s:.2f} s, and its deadline is in {left_s:.2f} s"
             raise RequestRefused(RefusalReason.DEADLINE, message, needed_s, left_s, wait_s)
+
+    def _wait_s(self, level: int) -> float:
+        """Until a newcomer of the level has a place: the service of those who wait before it."""
+        if not self._places.is_full and not len(self._places.waiting):
+            return 0.0
+        running = self._places.running.values()
+        return self._backlog.ahead_s(level) - sum(one.backlog_s for one in running if one.level <= level)
 
     def _make_choices(self, request: Request) -> Choices:
         number = self._next_seq_id
@@ -363,9 +377,9 @@ class Scheduler:
         """The only way out: every holder of the sequence's state lets go of it."""
         choices = self._requests[sequence.request.request_id]
         self._places.leave(sequence)
-        self._backlog.remove(sequence)
+        has_waited = self._backlog.remove(sequence)
         self._tenants.leave(sequence.request.tenant)
-        if finish in _LEARNT_FROM:
+        if has_waited and finish in _LEARNT_FROM:
             natural = finish is FinishReason.STOP
             if self._policy.lengths is None:
                 self.lengths.observe(sequence.tenant, sequence.prompt_len, sequence.num_output, natural)
@@ -374,7 +388,9 @@ class Scheduler:
         del choices.live[sequence.index]
         if sequence in choices.held_back:
             choices.held_back.remove(sequence)
-        if sequence is choices.leader and choices.held_back:
+        if sequence is choices.leader and sequence.num_reached >= sequence.prompt_len:
+            self._join_held_back(choices)
+        elif sequence is choices.leader and choices.held_back:
             choices.leader = choices.held_back.pop(0)
             self._join(choices.leader)
         if not choices.live:

@@ -31,6 +31,16 @@ class LazyMinimum:
             self._present.add(number)
             heapq.heappush(self._heap, (value, number))
 
+    def keep(self, entries: dict[int, float]) -> None:
+        """Only these take part; call it when most others have gone."""
+        self._present = set(entries)
+        self._heap = [(value, number) for number, value in entries.items()]
+        heapq.heapify(self._heap)
+
+    def is_stale(self, num_left: int) -> bool:
+        """Whether most of what is remembered has gone."""
+        return len(self._heap) > 2 * num_left + 16
+
     def first(self, value_of: Callable[[int], float | None]) -> int | None:
         """`value_of` gives the value now, or None for a number that does not take part any more."""
         while self._heap:
@@ -87,6 +97,8 @@ class Tenants:
             assert not tenant.num_running, "a tenant that is gone still runs"
             del self.active[name], self._by_number[tenant.number]
             self._last_s = tenant.served_s
+            if self._least_served.is_stale(len(self._by_number)):
+                self._least_served.keep({one.number: one.served_s for one in self.active.values()})
             self._idle[name] = tenant
             if len(self._idle) > MAX_IDLE_TENANTS:
                 self._idle.popitem(last=False)

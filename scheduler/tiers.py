@@ -150,6 +150,11 @@ class Tiers:
             self.fetches[seq_id] = Fetch(waits_for)
         return bool(waits_for)
 
+    def num_reading(self, page: int) -> int:
+        """Copies in flight that hold a device page to read it."""
+        copies = self.in_flight.values()
+        return sum(copy.source is Tier.DEVICE and copy.source_page == page for copy in copies)
+
     def forget_sequence(self, seq_id: int) -> None:
         """It does not wait for its pages any more. Copies that began run to their end."""
         self.fetches.pop(seq_id, None)

@@ -133,6 +133,7 @@ class Sequence:
     num_found: int = 0  # leading tokens that were found computed when it was last looked at
     num_reached: int = 0  # the most leading tokens ever computed; a preemption does not lower it
     num_findable: int = 0  # leading computed tokens whose KV others may share
+    parked_behind: int = -1  # the running sequence that computes pages for it
     num_expected: int = 0  # tokens that it is expected to have in the end
     num_offered: int = 0  # leading pages that were offered to lower tiers since it got its place
     num_pages_sent: int = 0  # leading pages that some plan has told the engine of

@@ -129,8 +129,10 @@ class WaitingQueue:
         return self._first_of(number)
 
     def _first_overdue(self) -> Sequence | None:
-        """Few are overdue: as many as were put aside in the time that a pause may last."""
         may_run, active = self._tenants.may_run, self._tenants.active
+        first = self._overdue.first()
+        if first is not None and may_run(active[first[1].request.tenant]):
+            return first[1]
         fit = [entry for entry in self._overdue.entries() if may_run(active[entry[1].request.tenant])]
         return min(fit, key=lambda entry: entry[0])[1] if fit else None
 

@@ -41,6 +41,7 @@ class Job:
         "finished",
         "first_token",
         "host_pages",
+        "is_aside",
         "level",
         "max_output",
         "num_left",
@@ -79,6 +80,7 @@ class Job:
         self.stamp = 0  # of its one valid entry among what is due
         self.state = State.WAITING
         self.pinned = False  # was put aside for too long: goes before all others
+        self.is_aside = False  # put aside, without a place again
         self.aside_since = -1  # put aside then, not served again yet
         self.device_pages = 0  # while it waits: full pages found there, leading ones first;
         self.host_pages = 0  # then these;

@@ -24,6 +24,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scheduler.planning import ASIDE_SHARE
 from scheduler.replay.job import Job, State
 from scheduler.replay.memory import Memory
 from scheduler.replay.queue import Queue
@@ -93,6 +94,7 @@ class Seats:
         self._num_decoding = 0
         self._known = 0  # tokens that the decoding jobs know together
         self._loading: deque[tuple[int, Job]] = deque()  # (until, who), in order of time
+        self._num_aside = 0  # put aside, without a place again
         self._is_stale = True  # whether planning again may decide otherwise than the last time
         self._looked_at: set[int] = set()  # those that the last plan might have displaced
         self._paused: deque[tuple[int, Job]] = deque()  # (since, who), in order of time
@@ -145,9 +147,10 @@ class Seats:
         not make the room."""
         victims: list[Job] = []
         pages = 0
+        allowed = max(1, self._places // ASIDE_SHARE) - self._num_aside
         while not self._fits(job, victims, pages):
             last = self._leavable.peek()
-            if last is None:
+            if last is None or (len(victims) >= allowed and not job.pinned):
                 break
             self._looked_at.add(last.number)
             if not self._may_displace(job, last):
@@ -212,6 +215,8 @@ class Seats:
         """Tokens that it wants to compute now."""
         self._waiting.remove(job)
         self._evictable.remove(job)
+        self._num_aside -= job.is_aside
+        job.is_aside = False
         moving = job.host_pages * self._costs.host_page + job.disk_pages * self._costs.disk_page
         size = self.memory.page_size
         computing = self._costs.prefill(job.device_pages * size, job.moved_pages * size, self._budget)
@@ -255,6 +260,8 @@ class Seats:
         if job.reached and job.aside_since < 0:
             job.aside_since = self._now
             self._paused.append((self._now, job))
+        self._num_aside += 1
+        job.is_aside = True
         job.state = State.WAITING
         self._waiting.add(job)
         if job.device_pages and not job.pinned:

@@ -24,7 +24,7 @@ def _victims(driver: Driver) -> list[tuple[str, str]]:
 
 
 def test_the_lowest_level_gives_pages_first_and_there_the_cheapest_to_restore() -> None:
-    driver = _driver(num_pages=30)
+    driver = _driver(num_pages=30, max_num_seqs=16)
     driver.add(
         request("cheap but high", 4, max_tokens=30, priority=1),
         request("long", 48, max_tokens=16, priority=5, arrival_s=1.0),

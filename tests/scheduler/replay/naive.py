@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from scheduler.clock import Clock
 from scheduler.machine import Machine
+from scheduler.planning import ASIDE_SHARE
 from scheduler.policies import Policy
 from scheduler.replay.ticks import TickCosts, seconds, ticks
 from scheduler.replay.trace import TraceRequest
@@ -32,6 +33,7 @@ class Item:
     reached: int = 0
     state: str = "absent"
     pinned: bool = False
+    is_aside: bool = False
     aside_since: int = -1
     device: int = 0
     host: int = 0
@@ -171,7 +173,11 @@ class Naive:
             if not others or self.rank(others[-1]) < self.rank(item):
                 return
             victims: list[Item] = []
+            aside = sum(other.is_aside for other in self.items)
+            allowed = max(1, self.machine.max_num_seqs // ASIDE_SHARE) - aside
             while not self.fits(item, victims):
+                if len(victims) >= allowed and not item.pinned:
+                    return
                 if not others or not self.may_displace(item, others[-1]):
                     return
                 victims.append(others.pop())
@@ -208,6 +214,7 @@ class Naive:
             left -= self.seat(self.waiting()[0])
 
     def seat(self, item: Item) -> int:
+        item.is_aside = False
         size = self.machine.page_size
         moved = item.host + item.disk
         duration = item.host * self.costs.host_page + item.disk * self.costs.disk_page
@@ -227,6 +234,7 @@ class Naive:
     def put_aside(self, item: Item) -> None:
         item.device = item.computed // self.machine.page_size
         item.state = "waiting"
+        item.is_aside = True
         if item.reached and item.aside_since < 0:
             item.aside_since = self.now
 
