@@ -135,9 +135,10 @@ class Copier:
         while (group := self._groups.get()) is not None:
             ended = self._run(group)
             with self._lock:
-                if not self._ended:
-                    os.eventfd_write(self._event, 1)
+                is_first = not self._ended
                 self._ended.extend(ended)
+                if is_first:  # whoever wakes up finds news
+                    os.eventfd_write(self._event, 1)
 
     def _run(self, group: _Group) -> list[Copied]:
         ready = [copy for copy in group.copies if self._may_begin(copy)]
