@@ -22,8 +22,11 @@ import zmq
 from engine.config import EngineConfig
 from engine.messages import (
     Abort,
+    Begun,
     Failed,
     FromEngine,
+    Inspect,
+    Inspected,
     Ready,
     SequenceOutput,
     StepOutput,
@@ -32,6 +35,7 @@ from engine.messages import (
     ToEngine,
 )
 from scheduler.plan import SchedulerStats
+from scheduler.snapshot import Snapshot
 from scheduler.types import FinishReason
 
 
@@ -70,9 +74,15 @@ def serve(socket, send, die_after, silent) -> None:
         message = later.popleft() if later else decoder.decode(socket.recv())
         if isinstance(message, Stop):
             return
+        if isinstance(message, Inspect):
+            if die_after is not None:
+                os._exit(9)
+            stats = SchedulerStats(num_running=message.max_sequences)
+            send(Inspected(message.number, Snapshot("fake", stats, (), (), 0, message.number)))
         if silent or not isinstance(message, Submit):
             continue
         request = message.request
+        send(Begun((request.request_id,)))
         if die_after == 0:
             os._exit(9)
         aborted = set()

@@ -100,6 +100,13 @@ async def test_a_request_that_kills_every_engine_is_given_up_and_the_engine_live
         assert await Stream(client, "next").tokens() == [0, 1, 2, 3, 4, 5]
 
 
+async def test_a_request_that_only_waited_is_not_blamed(make):
+    async with started(make("die:0,die:0,serve")) as client:
+        poison, bystander = Stream(client), Stream(client, "waits")
+        assert await asyncio.wait_for(bystander.tokens(), 20) == [0, 1, 2, 3, 4, 5]
+        assert poison.outputs[-1].finish is FinishReason.ERROR
+
+
 async def test_deaths_during_a_restart_count_like_any_other(make):
     async with started(make("die:1,exit,exit,serve")) as client:
         # Two deaths without a token of it: it must have made progress to survive them.
@@ -153,6 +160,24 @@ async def test_what_fails_in_a_listener_stays_there(make):
         request = Request(request_id="bad", prompt_ids=(1,), sampling=SamplingParams(max_tokens=3))
         client.submit(request, broken)
         assert await Stream(client, "good").tokens() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_inspections_are_answered_each_with_its_own(make):
+    async with started(make("serve")) as client:
+        answers = await asyncio.gather(*(client.inspect(count) for count in (1, 2, 3)))
+        assert [answer.stats.num_running for answer in answers] == [1, 2, 3]
+        assert not client._inspections
+
+
+async def test_an_inspection_of_an_engine_that_dies_fails_and_the_next_one_works(make):
+    async with started(make("die:9,serve")) as client:
+        with pytest.raises(EngineDead, match="before it answered"):
+            await asyncio.wait_for(client.inspect(1), 10)
+        with pytest.raises(EngineDead, match="not ready"):
+            await client.inspect(1)
+        assert await Stream(client).tokens() == [0, 1, 2, 3, 4, 5]
+        assert (await client.inspect(5)).stats.num_running == 5
+        assert not client._inspections
 
 
 async def test_a_path_that_cannot_be_bound_is_one_line(make, tmp_path, monkeypatch):

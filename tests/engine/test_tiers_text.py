@@ -3,18 +3,22 @@ with copies that fail or are slow, under every policy; and what one engine wrote
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from engine.decoding import METHODS
+from engine.messages import Abort, Submit
 from scheduler.clock import ManualClock
 from scheduler.config import POLICIES
 from scheduler.invariants import check_empty
 from scheduler.plan import Tier
+from scheduler.types import FinishReason
 from tests.engine.tiny import Heard, request, run, tiny_core
 from tests.engine.windows import LineGuesser
 
@@ -304,3 +308,86 @@ def test_damaged_pages_are_noticed_one_by_one(long_ago, build):
         num_cached.append(heard.num_cached)
     assert core.scheduler.stats().num_pages_up > 0
     assert 0 in num_cached
+
+
+def test_what_was_found_in_the_cache_is_not_cleared_after_numbers_that_are_not_finite(build):
+    """Whoever gets pages then finds them cleared, but for those whose content it found."""
+    core = build(num_pages=80, host_pages=40)
+    asked = request("r", STEM[:80], seed=1, logprobs=1, max_tokens=10)
+    text = run(core, asked)["r", 0]
+    embedding = core.runner.model.embedding
+    kept = embedding[299].clone()
+    embedding[299] = torch.nan
+    assert run(core, request("bad", [299] * 40, max_tokens=4))["bad", 0].finish is FinishReason.ERROR
+    embedding[299] = kept
+    assert core.runner.storage.tainted
+    again = run(core, asked)["r", 0]
+    assert again.num_cached > 0
+    assert again.logprobs == text.logprobs
+
+
+class Gate:
+    """A copier's hook that holds back what goes to the device while it is shut."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+
+    def __call__(self, copy: Copy) -> None:
+        if copy.target is Tier.DEVICE:
+            assert self.open.wait(10)
+
+
+@pytest.fixture
+def fetching(build) -> tuple[EngineCore, Gate]:
+    """A core whose only request is to find its prompt's pages on the host, and waits for them."""
+    gate = Gate()
+    core = build(num_pages=24, host_pages=200, before=gate)
+    run(core, request("before", STEM[:80], max_tokens=4))
+    run(core, request("other", STEM[60:150], max_tokens=4))
+    gate.open.clear()
+    core.handle(Submit(request("r", STEM[:80], seed=1, max_tokens=4, deadline_s=1000.0)))
+    for _ in range(10):
+        if not core.can_step:
+            break
+        core.step()
+    assert core.scheduler.stats().num_parked == 1
+    return core, gate
+
+
+def test_who_waits_for_copies_alone_does_not_step(fetching):
+    core, gate = fetching
+    assert not core.can_step
+    before = core.scheduler._num_steps
+    for _ in range(1000):
+        assert not core.can_step
+    gate.open.set()
+    num_steps = 0
+    while core.has_work:
+        if not core.can_step:
+            core.copier.wait(5)
+        assert core.can_step, "woken for nothing"
+        core.step()
+        num_steps += 1
+    # At the most one for each copy that landed, and those that compute.
+    num_landed = core.scheduler.stats().num_pages_up + arrived(core.scheduler.stats(), Tier.HOST)
+    assert core.scheduler._num_steps - before == num_steps <= num_landed + 10
+    assert core.scheduler.stats().num_pages_up > 0
+
+
+def test_a_deadline_and_an_abort_end_one_that_waits_for_its_pages(fetching):
+    core, gate = fetching
+    core.handle(Submit(request("too", STEM[:80], seed=2, max_tokens=4)))
+    core.handle(Abort("too"))
+    assert core.can_step
+    (output,) = core.step().outputs
+    assert (output.request_id, output.finish) == ("too", FinishReason.ABORT)
+    core.scheduler._clock.advance(2000.0)
+    gate.open.set()
+    ended = []
+    while core.has_work:
+        if not core.can_step:
+            core.copier.wait(5)
+        ended += [(one.request_id, one.finish) for one in core.step().outputs]
+    assert ended == [("r", FinishReason.DEADLINE)]
+    check_empty(core.scheduler)
