@@ -24,6 +24,7 @@ import zmq.asyncio
 from engine.journal import JournalEntry
 from engine.messages import (
     Abort,
+    Begun,
     Failed,
     FromEngine,
     Inspect,
@@ -309,6 +310,10 @@ class EngineProcess:
                 self._deliver(output)
         elif isinstance(message, Ready):
             self._resume(message)
+        elif isinstance(message, Begun):
+            for request_id in message.request_ids:
+                if request_id in self._entries:
+                    self._entries[request_id][0].begun = True
         elif isinstance(message, Inspected):
             answer = self._inspections.get(message.number)
             if answer is not None and not answer.done():
@@ -367,6 +372,8 @@ class EngineProcess:
     def _give_up_stuck_requests(self) -> None:
         """A request that got nowhere before two deaths in a row may be what kills the engine."""
         for request_id, (entry, sink) in list(self._entries.items()):
+            if not entry.begun:
+                continue  # it only waited
             entry.deaths_without_progress += 1
             if entry.deaths_without_progress >= MAX_DEATHS_WITHOUT_PROGRESS:
                 del self._entries[request_id]

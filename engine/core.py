@@ -13,7 +13,7 @@ from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from engine.tiers.copier import Copier
     from scheduler.scheduler import Scheduler
@@ -33,6 +33,9 @@ class EngineCore:
         self.runner = runner
         self.vocab_size = vocab_size
         self.copier = copier  # None: there is no tier below the device
+        self.on_begun: Callable[[tuple[str, ...]], None] | None = (
+            None  # hears of requests before they compute
+        )
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
         self._waits_for_copies = False
@@ -84,10 +87,11 @@ class EngineCore:
         self._set_aside(plan)
         if self.copier is not None:
             self.copier.start(plan.copies)
-            self._waits_for_copies = not plan.slices and self.scheduler.has_work
+            self._waits_for_copies = not plan.slices and self.copier.num_in_flight > 0
         num_prompt_tokens = 0
         if plan.slices:
             num_prompt_tokens = sum(self._new_prompt_tokens(piece) for piece in plan.slices)
+            self._announce(plan)
             outcomes = self._execute(plan)
             progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
             self._collect(progress, outcomes)
@@ -98,6 +102,13 @@ class EngineCore:
         """Whatever still runs is dropped; content on its way to the disk is lost."""
         if self.copier is not None:
             self.copier.close()
+
+    def _announce(self, plan: StepPlan) -> None:
+        """If the process dies in this step, somebody must know who was in it for the first time."""
+        sequences = [self.scheduler.sequence(piece.seq_id) for piece in plan.slices]
+        begun = tuple({one.request.request_id for one in sequences if not one.num_reached})
+        if begun and self.on_begun is not None:
+            self.on_begun(begun)
 
     def _set_aside(self, plan: StepPlan) -> None:
         """Also under a plan that computes nothing, since it waits for copies: places are few."""

@@ -25,6 +25,7 @@ class JournalEntry:
         self.delivered += [[] for _ in range(request.num_choices - len(self.delivered))]
         self.live = set(range(request.num_choices))
         self.aborted: set[int] = set()
+        self.begun = False  # the current engine process has computed some of it, or was about to
         self.deaths_without_progress = 0  # of engines that had this request and delivered nothing of it
         self._num_scored = 0  # prompt log-probabilities delivered, ever
         self._num_rescored = 0  # seen from the current engine process
@@ -44,6 +45,7 @@ class JournalEntry:
     def replay(self) -> list[Submit | Abort]:
         """Messages that make a new engine go on where the old one was lost."""
         self._num_rescored = 0
+        self.begun = False
         delivered = tuple(tuple(tokens) for tokens in self.delivered)
         request = replace(self.request, delivered=delivered, readmitted=True)
         ended = sorted((set(range(request.num_choices)) - self.live) | self.aborted)

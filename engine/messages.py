@@ -1,6 +1,7 @@
 """What crosses the process edge, as msgspec values; nothing is ever unpickled.
 
-Server to engine: `Submit`, `Abort`, `Inspect`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s;
+Server to engine: `Submit`, `Abort`, `Inspect`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s,
+a `Begun` before the first step of a request;
 an `Inspected` for every `Inspect`; or one `Failed` when it cannot start or go on; and `Log` lines at any
 time.
 """
@@ -111,6 +112,13 @@ class Log(msgspec.Struct, tag=True, frozen=True, gc=False):
     text: str
 
 
+class Begun(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """Requests of which this engine is about to compute something for the first time. If it dies now, they
+    may be the cause; those that only wait are not."""
+
+    request_ids: tuple[str, ...]
+
+
 class Inspected(msgspec.Struct, tag=True, frozen=True, gc=False):
     """The answer to the `Inspect` of the same number."""
 
@@ -118,4 +126,4 @@ class Inspected(msgspec.Struct, tag=True, frozen=True, gc=False):
     snapshot: Snapshot
 
 
-FromEngine = Ready | StepOutput | Inspected | Failed | Log
+FromEngine = Ready | Begun | StepOutput | Inspected | Failed | Log

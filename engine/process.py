@@ -24,6 +24,7 @@ import zmq  # noqa: E402
 
 from engine.config import EngineConfig  # noqa: E402
 from engine.messages import (  # noqa: E402
+    Begun,
     Failed,
     FromEngine,
     Inspect,
@@ -117,6 +118,7 @@ def run(link: Link, config: EngineConfig) -> int:
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     link.send(engine.ready)
     core = engine.core
+    core.on_begun = lambda request_ids: link.send(Begun(request_ids))
     if core.copier is not None:
         link.wake_on(core.copier.fileno())
     while True:

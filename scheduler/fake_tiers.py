@@ -36,6 +36,10 @@ class FakeTiers:
         self._under_way: list[tuple[Copy, Content | None]] = []
         self.damaged: set[int] = set()  # pages of the disk
 
+    @property
+    def num_under_way(self) -> int:
+        return len(self._under_way)
+
     def start(self, copies: tuple[Copy, ...]) -> None:
         for copy in copies:
             if copy.target is Tier.DISK:

@@ -81,6 +81,10 @@ class _Copies:
         self._tiers.start(copies)
 
     @property
+    def num_in_flight(self) -> int:
+        return self._tiers.num_under_way + len(self._ended)
+
+    @property
     def has_news(self) -> bool:
         self._ended += self._tiers.finished()
         return bool(self._ended)
