@@ -259,6 +259,9 @@ def _check_order(scheduler: Scheduler) -> None:
         assert policy.max_head_start_s == float("inf") or (
             -1e-6 <= head_start_s <= policy.max_head_start_s + 1e-6
         ), f"a head start of {head_start_s} s is out of bounds"
+    if places.epoch == policy.epoch:
+        for sequence in places.running.values():
+            assert sequence.order == places.order(sequence), f"{sequence.seq_id} is out of order"
     may_run, tenants = scheduler._tenants.may_run, scheduler._tenants.active
     eligible = [piece for piece in places.waiting if may_run(tenants[piece.tenant])]
     first = places.waiting.first()

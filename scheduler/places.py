@@ -7,20 +7,22 @@ the prompt that it shares is computed (scheduler.py).
 
 from __future__ import annotations
 
-from operator import itemgetter
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from scheduler.agenda import Agenda, Order
 from scheduler.levels import LevelCounts
 from scheduler.plan import Preempted
 from scheduler.types import Sequence, SequenceState
-from scheduler.waiting import OVERDUE_LEAD_S, WaitingQueue
+from scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
     from scheduler.clock import Clock
     from scheduler.page_tables import PageTables
     from scheduler.policies.base import Policy
     from scheduler.tenants import Tenants
+
+_by_order = attrgetter("order")
 
 
 class Places:
@@ -50,6 +52,7 @@ class Places:
         self.query_tokens = 0
         self.hit_tokens = 0
         self._clock = clock
+        self.epoch = policy.epoch  # of the orders that those who run have noted
         self._max_pause_s = max_pause_s
         self.aside: set[int] = set()  # sequences that were put aside and have no place again
         self._put_aside: Agenda[Sequence] = Agenda()  # by when they will be overdue
@@ -62,16 +65,13 @@ class Places:
     def order(self, sequence: Sequence) -> Order:
         return self.waiting.order(sequence)
 
-    def by_policy(self) -> list[tuple[Order, Sequence]]:
+    def by_policy(self) -> list[Sequence]:
         """The running sequences, the first in the order first."""
-        key = self.policy.key
-        ranked = []
-        for piece in self.running.values():
-            arrival_s = piece.request.arrival_s
-            first = arrival_s - OVERDUE_LEAD_S if piece.is_overdue else key(piece.level, arrival_s)
-            ranked.append(((first, piece.seq_id), piece))
-        ranked.sort(key=itemgetter(0))
-        return ranked
+        if self.epoch != self.policy.epoch:
+            self.epoch = self.policy.epoch
+            for piece in self.running.values():
+                piece.order = self.order(piece)
+        return sorted(self.running.values(), key=_by_order)
 
     def join(self, sequence: Sequence) -> None:
         """A sequence begins to wait for its first place."""
@@ -91,6 +91,7 @@ class Places:
         self.tables.hold(sequence, found)
         sequence.state = SequenceState.RUNNING
         self.running[sequence.seq_id] = sequence
+        sequence.order = self.order(sequence)
         self._count_running(sequence, +1)
         self._note_seated(sequence)
         sequence.fetched_after = -1
@@ -131,6 +132,7 @@ class Places:
         level = self.policy.level(sequence)
         self.counts.moved(sequence.level, level)
         sequence.level = level
+        sequence.order = self.order(sequence)
         if not sequence.num_left:
             sequence.next_change = self.policy.next_change(sequence)
 

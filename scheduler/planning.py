@@ -33,6 +33,7 @@ again only if it found more than before. No deadlock, no livelock.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from scheduler.plan import Slice
@@ -53,8 +54,6 @@ ASIDE_SHARE = 8  # no more than 1 / ASIDE_SHARE of the places are owed to sequen
 COPIED_AHEAD = 4  # running sequences, the last in order, whose pages are copied down before they are taken,
 COPY_AHEAD_SHARE = 4  # when less than 1 / COPY_AHEAD_SHARE of all pages is available
 MAX_COMPARED_VICTIMS = 16  # of the lowest level, the last in order, whose cost to restore is compared
-
-Ranked = tuple["Order", "Sequence"]
 
 
 class Planner:
@@ -81,7 +80,7 @@ class Planner:
 
     # Round 1
 
-    def _seat_those_ahead(self, ranked: list[Ranked]) -> list[Ranked]:
+    def _seat_those_ahead(self, ranked: list[Sequence]) -> list[Sequence]:
         """-> all who run now, in policy order"""
         places = self._places
         if not places.policy.preemptive or not len(places.waiting):
@@ -90,7 +89,7 @@ class Planner:
         claimed = 0
         while claimed < self._budget and behind and (sequence := self._next()) is not None:
             order = places.order(sequence)
-            if behind[-1][0] < order:
+            if behind[-1].order < order:
                 break
             found = self._tables.find(sequence)
             if self._waits_for_another(sequence, len(found)):
@@ -103,47 +102,50 @@ class Planner:
             for reason, victim in victims:
                 places.set_aside(victim, reason, sequence)
             if victims:
-                behind = [entry for entry in behind if entry[1].seq_id in places.running]
+                behind = [one for one in behind if one.seq_id in places.running]
             if not self._fetches(sequence, found):  # there is room for its pages now
                 self._seat(sequence, found)
                 claimed += sequence.num_tokens - sequence.num_computed
         return places.by_policy() if claimed else behind
 
     def _victims(
-        self, sequence: Sequence, order: Order, found: list[int], behind: list[Ranked]
+        self, sequence: Sequence, order: Order, found: list[int], behind: list[Sequence]
     ) -> list[tuple[str, Sequence]] | None:
         """Who must go, and for what, so that `sequence` has a place and pages; none if there is room.
         None if only somebody ahead of it could make the room, or it would cost too much."""
         places = self._places
-        spare = self._available_now() - self._needed_now(sequence, found)
-        num_running = len(places.running)
+        num_seated = len(places.running) + 1  # with it
         allowed = max(1, places.max_num_seqs // ASIDE_SHARE) - len(places.aside)
         victims: list[tuple[str, Sequence]] = []
         left = list(behind)
-        while num_running >= places.max_num_seqs or spare < 0:
-            reason = "place" if num_running >= places.max_num_seqs else "pages"
-            chosen = self._choose(left, cheapest=reason == "pages")
-            if chosen is None or (len(victims) >= allowed and not sequence.is_overdue):
+        spare: int | None = None  # looked at when there is a place: it takes a walk
+        while True:
+            reason = "place"
+            if num_seated - len(victims) <= places.max_num_seqs:
+                reason = "pages"
+                if spare is None:
+                    spare = self._available_now() - self._needed_now(sequence, found)
+                    spare += sum(self._pages_back(victim, found) for _, victim in victims)
+                if spare >= 0:
+                    return victims
+            if not left or (len(victims) >= allowed and not sequence.is_overdue):
                 return None
-            entry, restore_s = chosen
-            if not order[0] + restore_s < entry[0][0]:
+            victim, restore_s = self._choose(left, cheapest=reason == "pages")
+            if not order[0] + restore_s < victim.order[0]:
                 return None
-            left.remove(entry)
-            victims.append((reason, entry[1]))
-            num_running -= 1
-            spare += self._pages_back(entry[1], found)
-        return victims
+            left.remove(victim)
+            victims.append((reason, victim))
+            if spare is not None:
+                spare += self._pages_back(victim, found)
 
-    def _choose(self, candidates: list[Ranked], cheapest: bool) -> tuple[Ranked, float] | None:
+    def _choose(self, candidates: list[Sequence], cheapest: bool) -> tuple[Sequence, float]:
         """The victim among these (in policy order), and the seconds that restoring it will take."""
-        if not candidates:
-            return None
         if not cheapest or self._config.victims == "last":
-            return candidates[-1], self._restore_s(candidates[-1][1])
-        lowest = max(entry[1].level for entry in candidates)
-        compared = [entry for entry in candidates if entry[1].level == lowest][-MAX_COMPARED_VICTIMS:]
-        priced = [(entry, self._restore_s(entry[1])) for entry in reversed(compared)]
-        return min(priced, key=lambda pair: pair[1])
+            return candidates[-1], self._restore_s(candidates[-1])
+        lowest = max(one.level for one in candidates)
+        compared = [one for one in candidates if one.level == lowest][-MAX_COMPARED_VICTIMS:]
+        priced = [(one, self._restore_s(one)) for one in reversed(compared)]
+        return min(priced, key=itemgetter(1))
 
     def _restore_s(self, victim: Sequence) -> float:
         """What it takes to bring back what the sequence has computed, if it loses its pages."""
@@ -166,11 +168,11 @@ class Planner:
 
     # Round 2
 
-    def _serve_running(self, ranked: list[Ranked]) -> tuple[list[Slice], int]:
+    def _serve_running(self, ranked: list[Sequence]) -> tuple[list[Slice], int]:
         running, size = self._places.running, self._tables.page_size
-        shares, left = self._share_tokens([sequence for _, sequence in ranked])
+        shares, left = self._share_tokens(ranked)
         slices = []
-        for number, (_, sequence) in enumerate(ranked):
+        for number, sequence in enumerate(ranked):
             share = shares[number]
             if not share or sequence.seq_id not in running:
                 continue
@@ -187,50 +189,54 @@ class Planner:
         """
         few = self._tables.page_size
         left = self._budget
-        shares = [0] * len(running)
-        known = [len(piece.tokens) - piece.num_computed for piece in running]
-        chunks = [k for k, num_known in enumerate(known) if num_known > few]
-        if chunks and chunks[0] == 0:
-            shares[0] = _portion(running[0], max(1, left // 4))
-            left -= shares[0]
+        shares = []
+        chunks = []
         for k, sequence in enumerate(running):
-            if known[k] <= few:
-                share = known[k] + len(sequence.window.tokens)
-                shares[k] = share if share <= left else _portion(sequence, left)
-                left -= shares[k]
+            known = len(sequence.tokens) - sequence.num_computed
+            share = 0
+            if known <= few:
+                share = known + len(sequence.window.tokens)
+                if share > left:
+                    share = _portion(sequence, left)
+            else:
+                chunks.append(k)
+                if k == 0:
+                    share = _portion(sequence, max(1, left // 4))
+            left -= share
+            shares.append(share)
         for k in chunks:
             share = _portion(running[k], left + shares[k])
             left -= share - shares[k]
             shares[k] = share
         return shares, left
 
-    def _provide(self, ranked: list[Ranked], number: int, share: int) -> bool:
+    def _provide(self, ranked: list[Sequence], number: int, share: int) -> bool:
         """Pages for the next `share` tokens of one running sequence, if need be from somebody behind it.
         False: nobody is behind it; it keeps what it has, and waits for this step."""
-        sequence = ranked[number][1]
+        sequence = ranked[number]
         slots = sequence.num_computed + share
         needed = self._tables.missing(sequence, slots)
         while self._tables.pool.available < needed:
-            behind = [entry for entry in ranked[number + 1 :] if entry[1].seq_id in self._places.running]
-            chosen = self._choose(behind, cheapest=True)
-            if chosen is None:
+            behind = [one for one in ranked[number + 1 :] if one.seq_id in self._places.running]
+            if not behind:
                 assert number or self._tables.tiers.in_flight, "the first of the order does not fit the pool"
                 return False
-            self._places.set_aside(chosen[0][1], "pages", sequence)
+            victim, _ = self._choose(behind, cheapest=True)
+            self._places.set_aside(victim, "pages", sequence)
         if needed:
             self._tables.grow(sequence, slots)
         return True
 
-    def _copy_ahead(self, ranked: list[Ranked]) -> None:
+    def _copy_ahead(self, ranked: list[Sequence]) -> None:
         """When pages run short, those of the last in order begin to be copied down before they are taken:
         once they are, it is too late."""
         tables, running = self._tables, self._places.running
         if tables.pool.available * COPY_AHEAD_SHARE > tables.pool.num_pages:
             return
-        for order, sequence in ranked[-COPIED_AHEAD:]:
+        for sequence in ranked[-COPIED_AHEAD:]:
             full_pages = sequence.num_findable // tables.page_size
             if sequence.seq_id in running and sequence.num_offered < full_pages:
-                tables.tiers.put_aside(sequence.pages[sequence.num_offered : full_pages], order[0])
+                tables.tiers.put_aside(sequence.pages[sequence.num_offered : full_pages], sequence.order[0])
                 sequence.num_offered = full_pages
 
     # Round 3
@@ -331,7 +337,10 @@ class Planner:
     def _available_now(self) -> int:
         """Available pages that nobody who runs needs at once: for known tokens, and one to grow into."""
         size, running = self._tables.page_size, self._places.running
-        promised = sum(-(-(piece.num_tokens + size) // size) - len(piece.pages) for piece in running.values())
+        promised = 0
+        for piece in running.values():
+            slots = len(piece.tokens) + len(piece.window.tokens) + size
+            promised += -(-slots // size) - len(piece.pages)
         return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
 
     def _needed_now(self, sequence: Sequence, found: list[int]) -> int:
@@ -356,12 +365,15 @@ def make_slice(sequence: Sequence, share: int) -> Slice:
     """The next `share` tokens, for which the sequence holds pages."""
     start, end = sequence.num_computed, sequence.num_computed + share
     known, pages, sent = len(sequence.tokens), sequence.pages, sequence.num_pages_sent
+    sequence.num_pages_sent = len(pages)
+    new_pages = tuple(pages[sent:]) if sent < len(pages) else ()
+    if share == 1 and sequence.num_known <= start == known - 1 and not sequence.window.tokens:
+        # One more output token: nearly all slices are such.
+        return Slice(sequence.seq_id, start, (sequence.tokens[start],), range(start, end), sent, new_pages, 1)
     num_window = max(0, end - known)
     num_logits = 0 if end < known else min(share, 1 + num_window)
     if start < sequence.num_known and sequence.wants_prompt_logits:
         num_logits = max(num_logits, end - max(start, sequence.num_reached))
-    sequence.num_pages_sent = len(pages)
-    new_pages = tuple(pages[sent:]) if sent < len(pages) else ()
     tokens = tuple(sequence.tokens[start:end])
     if not num_window:
         return Slice(sequence.seq_id, start, tokens, range(start, end), sent, new_pages, num_logits)

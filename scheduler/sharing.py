@@ -76,20 +76,18 @@ def shared_pages(
                 group = groups.setdefault(tuple(sequence.pages[:least]), [])
                 group.append((sequence, piece.start // size))
     return tuple(
-        SharedPages(_common(members, least), tuple(sequence.seq_id for sequence, _ in members))
+        SharedPages(_common(members), tuple(sequence.seq_id for sequence, _ in members))
         for members in groups.values()
         if len(members) > 1
     )
 
 
-def _common(members: list[tuple[Sequence, int]], known: int) -> int:
-    """How many leading pages all have, of which `known` are known to be."""
-    low, high = known, min(full_pages for _, full_pages in members)
-    first = members[0][0].pages
-    while low < high:
-        middle = (low + high + 1) // 2
-        if all(sequence.pages[low:middle] == first[low:middle] for sequence, _ in members):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def _common(members: list[tuple[Sequence, int]]) -> int:
+    """How many leading pages, of the full ones that each has, all have in common."""
+    tables = [sequence.pages for sequence, _ in members]
+    limit = min(full_pages for _, full_pages in members)
+    # What the least and the greatest of several lists begin with, all of them begin with.
+    for number, (one, other) in enumerate(zip(min(tables), max(tables), strict=False)):
+        if one != other or number == limit:
+            return number
+    return limit

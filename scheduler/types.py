@@ -124,6 +124,7 @@ class Sequence:
     attained_s: float = 0.0  # service attributed to it so far
     backlog_s: float = 0.0  # service it is expected to need still
     level: int = 0  # the policy's queue
+    order: tuple[float, int] = (0.0, 0)  # while it runs: its place in the policy's order
     next_change: float = 0.0  # the number of output tokens from which its level may be another
     max_output: int = 0
     expected_s: float = 0.0  # the policy's notes

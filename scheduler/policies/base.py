@@ -96,6 +96,11 @@ class Policy(Protocol):
         (more than it has now; infinity if never). Until then nobody needs to ask."""
         ...
 
+    @property
+    def epoch(self) -> float:
+        """Another number when keys may have changed since it was last looked at."""
+        ...
+
     def key(self, level: int, arrival_s: float) -> float:
         """Smaller goes first. Within a level it grows with `arrival_s`."""
         ...

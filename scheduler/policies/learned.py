@@ -37,6 +37,7 @@ TYPICAL_QUEUEING = 2.0  # time in the system per time with a place, near capacit
 
 class LearnedFeedbackQueue:
     preemptive = True
+    epoch = 0.0
 
     def __init__(
         self,
@@ -139,6 +140,7 @@ class LearnedFeedbackQueue:
         """Only differences of head starts matter. Where the bound is short of them all, it is spent around
         the typical w, and levels far above and below are not told apart."""
         self._gamma = gamma
+        self.epoch += 1.0
         bound_s = self.max_head_start_s
         none_s = max(0.0, _boost(gamma, self._typical_w_s) - bound_s / 2)
         self._head_starts_s = [

@@ -20,6 +20,7 @@ class _Simple:
     preemptive = False
     max_head_start_s = math.inf
     gamma = 0.0
+    epoch: float = 0.0
     lengths = None
 
     def enter(self, work: Work) -> None:
@@ -67,6 +68,10 @@ class HighestResponseRatioNext(_Simple):
 
     def level(self, work: Work) -> int:
         return _class_of(self._costs.prefill(0, max(1, work.prompt_len), self._chunk, self._places))
+
+    @property
+    def epoch(self) -> float:  # type: ignore[override]
+        return self._clock()
 
     def key(self, level: int, arrival_s: float) -> float:
         return -(self._clock() - arrival_s) / _RATIO**level

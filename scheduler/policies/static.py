@@ -22,6 +22,7 @@ class StaticFeedbackQueue:
 
     preemptive = True
     gamma = 0.0
+    epoch = 0.0
     lengths = None
 
     def __init__(

@@ -19,6 +19,7 @@ import pstats
 import random
 import time
 
+from engine.process import GC_THRESHOLD
 from scheduler.clock import ManualClock
 from scheduler.config import POLICIES, SchedulerConfig
 from scheduler.costs import CostModel
@@ -86,6 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, list[float]]:
     warm = 300
     gc.collect()
     gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
     times: dict[str, list[float]] = {"plan": [], "apply": [], "plan + apply": []}
     profile = cProfile.Profile()
     landed: list[Copied] = []
