@@ -50,7 +50,7 @@ class SchedulerConfig:
     )
     max_pause_s: float = field(
         default=30.0,
-        metadata={"help": "a sequence put aside for longer goes before all that were not", "min": 0.0},
+        metadata={"help": "a sequence put aside for longer has the next place that comes free", "min": 0.0},
     )
     victims: str = field(
         default="cheapest",

@@ -15,8 +15,10 @@ Before a sequence is seated it is parked if what it needs is on its way: a commo
 ahead of it computes just now, or pages that lie in a lower tier and come up faster than they would be
 computed. Who has no place for want of pages is a victim: the lowest level gives way first, in it the
 one that is cheapest to restore. Being restored costs time, so a victim must come later than its
-beneficiary by more than that. Few may be put aside for others at a time: so one that was for too long
-(`max_pause_s`) finds somebody to displace who is not overdue himself, and pauses stay short.
+beneficiary by more than that. Few may be put aside for others at a time, and who was for too long
+(`max_pause_s`) has the next place that comes free; till then nobody displaces anybody, so pauses stay short.
+It displaces somebody who is not overdue himself only if that is cheap to restore: else where pages are few
+each one put aside would put aside the next, and the machine would compute the same tokens over and over.
 
 Why somebody always gets on. Let F be the first of the order among the running. Round 2 gives F at
 least one token, and everyone else's pages if F needs them; `Scheduler.add` refuses what does not fit
@@ -53,6 +55,7 @@ PARKED_PER_PLACE = 2  # no more are parked, or one prefix that a whole queue sha
 ASIDE_SHARE = 8  # no more than 1 / ASIDE_SHARE of the places are owed to sequences put aside for others
 COPIED_AHEAD = 4  # running sequences, the last in order, whose pages are copied down before they are taken,
 COPY_AHEAD_SHARE = 4  # when less than 1 / COPY_AHEAD_SHARE of all pages is available
+OVERDUE_COST_SHARE = 50  # at most 1 / 50 of the time is spent on restoring whom overdue ones displaced
 MAX_COMPARED_VICTIMS = 16  # of the lowest level, the last in order, whose cost to restore is compared
 
 
@@ -63,6 +66,8 @@ class Planner:
         self._config = config
         self._costs = costs
         self._budget = config.max_num_batched_tokens
+        self._max_aside = max(1, config.max_num_seqs // ASIDE_SHARE)
+        self._overdue_may_cost_s = overdue_may_cost_s(config.max_pause_s, config.max_num_seqs)
         self._reserve = int(config.reserve_share * config.num_pages)
         self._frontier: Frontier | None = None  # made when somebody may be seated
 
@@ -115,7 +120,7 @@ class Planner:
         None if only somebody ahead of it could make the room, or it would cost too much."""
         places = self._places
         num_seated = len(places.running) + 1  # with it
-        allowed = max(1, places.max_num_seqs // ASIDE_SHARE) - len(places.aside)
+        allowed = self._max_aside - len(places.aside)
         victims: list[tuple[str, Sequence]] = []
         left = list(behind)
         spare: int | None = None  # looked at when there is a place: it takes a walk
@@ -132,6 +137,8 @@ class Planner:
                 return None
             victim, restore_s = self._choose(left, cheapest=reason == "pages")
             if not order[0] + restore_s < victim.order[0]:
+                return None
+            if sequence.is_overdue and restore_s > self._overdue_may_cost_s:
                 return None
             left.remove(victim)
             victims.append((reason, victim))
@@ -359,6 +366,12 @@ class Planner:
         """Available pages that seating a sequence uses up: new ones, and found ones nobody holds."""
         unheld = sum(1 for page in found if self._tables.pool.references[page] == 0)
         return self._goal(sequence) - len(found) + unheld
+
+
+def overdue_may_cost_s(max_pause_s: float, num_places: int) -> float:
+    """What it may cost to restore one whom an overdue sequence displaces. In each `max_pause_s` as many
+    become overdue as may be put aside."""
+    return max_pause_s / max(1, num_places // ASIDE_SHARE) / OVERDUE_COST_SHARE
 
 
 def make_slice(sequence: Sequence, share: int) -> Slice:

@@ -44,6 +44,7 @@ class Job:
         "is_aside",
         "level",
         "max_output",
+        "num_expected",
         "num_left",
         "num_output",
         "number",
@@ -74,6 +75,7 @@ class Job:
         self.level = 0
         self.expected_s = 0.0
         self.fcfs_s = 0.0
+        self.num_expected = 0  # tokens that it is expected to have in the end
         self.computed = 0  # leading tokens whose KV is on the device
         self.reached = 0  # the most ever computed
         self.since = 0

@@ -34,10 +34,11 @@ class Replica(Seats):
         requests: Sequence[TraceRequest],
         *,
         max_pause_s: float,
+        growth_share: float,
         known_lengths: bool = False,
         on_finish: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__(machine, make, requests, known_lengths)
+        super().__init__(machine, make, requests, max_pause_s, growth_share, known_lengths)
         self._max_pause = ticks(max_pause_s)
         self._on_finish = on_finish
         self._arrivals = deque(self.jobs)
@@ -78,6 +79,8 @@ class Replica(Seats):
             job = self._arrivals.popleft()
             self._policy.enter(job)
             job.level = self._policy.level(job)
+            expected = self._lengths.index(job.tenant, job.prompt_len).mean_left(0, job.max_output)
+            job.num_expected = job.prompt_len + int(expected * self._growth_share)
             self._waiting.add(job)
             self._is_stale = True
         while self._loading and self._loading[0][0] <= now:
@@ -209,6 +212,7 @@ class Replica(Seats):
             self._finish(job)
             return
         job.state = State.DECODING
+        self._seated[job.number] = job
         job.since = self._step
         self.memory.held += self.memory.pages_for(job.known)
         self.memory.start_growing(job.known, self._step)
@@ -253,6 +257,8 @@ class Replica(Seats):
         job.finished = self._now
         self._num_left -= 1
         self._is_stale = True
+        if self._policy.lengths is None:
+            self._lengths.observe(job.tenant, job.prompt_len, job.num_output, True)
         self._policy.learn(job, True)
         self._policy.leave(job)
         self._on_finish()

@@ -103,6 +103,7 @@ def _replica(
         make,
         requests,
         max_pause_s=config.max_pause_s,
+        growth_share=config.growth_share,
         known_lengths=config.policy == "srpt",
         on_finish=on_finish,
     )

@@ -9,13 +9,14 @@ for a long head of the order, and victims by what they cost to restore (`victims
 2. Pages. While the running jobs need more than there are, the last of them is put aside.
 3. Shares. Each decoding job computes one token. The rest of the budget goes to jobs with a page of tokens or
    less to compute, then to chunks in policy order.
-4. Leftovers. While tokens, places and pages are left, waiting jobs are seated in policy order.
+4. Leftovers. While tokens, places and pages are left, waiting jobs are seated in policy order; pages into
+   which running ones are expected to grow (`growth_share`) are not left.
 
 A job put aside leaves its full pages on the device until their room is needed, then on the host or the disk
 if there is room. Once it has a place again, pages come back over one link that overlaps computing; it goes
 on when they are there, and is not displaced before. What was lost, or is computed sooner than fetched, is
-computed again. Who was put aside for longer than `max_pause_s` goes before all others, and is not put aside
-for anyone's place again.
+computed again. Who was put aside for longer than `max_pause_s` has the next place that comes free, or that
+of one who is cheap to restore, and is not put aside for anyone's place again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scheduler.planning import ASIDE_SHARE
+from scheduler.lengths import Lengths
+from scheduler.planning import ASIDE_SHARE, overdue_may_cost_s
 from scheduler.replay.job import Job, State
 from scheduler.replay.memory import Memory
 from scheduler.replay.queue import Queue
@@ -59,8 +61,8 @@ class Counts:
 class Seats:
     """The state of the machine at the beginning of a step, and the plan for it.
 
-    `make` makes the policy, given its clock. `known_lengths` tells the policy the true output lengths as
-    `max_output`; otherwise that is what the context length leaves.
+    `make` makes the policy, given its clock. `growth_share` is the setting of that name. `known_lengths`
+    tells the policy the true output lengths as `max_output`; else that is what the context length leaves.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Seats:
         machine: Machine,
         make: Callable[[Clock], Policy],
         requests: Sequence[TraceRequest],
+        max_pause_s: float,
+        growth_share: float,
         known_lengths: bool,
     ) -> None:
         self._places = min(machine.max_num_seqs, machine.max_num_batched_tokens)
@@ -85,11 +89,15 @@ class Seats:
             )
             for number, request in enumerate(requests)
         ]
+        self._growth_share = growth_share
+        self._overdue_may_cost_s = overdue_may_cost_s(max_pause_s, self._places)
         self._policy = make(lambda: seconds(self._now))
+        self._lengths = self._policy.lengths or Lengths()
         self._waiting = Queue(self._policy, self.jobs)
         self._leavable = Ranking(self._policy, self.jobs, last=True)  # running ones that others may displace
         self._evictable = Ranking(self._policy, self.jobs, last=True)  # put aside, with pages on the device
         self._pinned: set[int] = set()  # numbers of those with a place
+        self._seated: dict[int, Job] = {}  # whoever has a place
         self._prefilling: dict[int, Job] = {}
         self._num_decoding = 0
         self._known = 0  # tokens that the decoding jobs know together
@@ -99,14 +107,10 @@ class Seats:
         self._looked_at: set[int] = set()  # those that the last plan might have displaced
         self._paused: deque[tuple[int, Job]] = deque()  # (since, who), in order of time
 
-    @property
-    def _num_running(self) -> int:
-        return self._num_decoding + len(self._prefilling) + len(self._loading)
-
     def _plan(self) -> bool:
         """Whether pages were short. Then nobody is admitted now, but maybe in the next step."""
         self._looked_at.clear()
-        if self._policy.preemptive and self._waiting and self._num_running:
+        if self._policy.preemptive and self._waiting and len(self._seated):
             self._seat_those_ahead()
         short = False
         while self.memory.held > self.memory.num_pages:
@@ -165,7 +169,10 @@ class Seats:
         return None
 
     def _may_displace(self, job: Job, victim: Job) -> bool:
-        return self._key(job) + self._restore_s(victim, job) < self._key(victim)
+        restore_s = self._restore_s(victim, job)
+        if job.pinned and restore_s > self._overdue_may_cost_s:
+            return False
+        return self._key(job) + restore_s < self._key(victim)
 
     def _restore_s(self, victim: Job, job: Job) -> float:
         """What it would cost to bring the victim back: a page of tokens again, and the rest of its pages from
@@ -188,11 +195,11 @@ class Seats:
 
     @property
     def _is_full(self) -> bool:
-        return self._num_running >= self._places
+        return len(self._seated) >= self._places
 
     def _fits(self, job: Job, victims: Sequence[Job] = (), pages: int = 0) -> bool:
         """Whether there are a place and pages, one more for each to grow into, once the victims are gone."""
-        running = self._num_running - len(victims)
+        running = len(self._seated) - len(victims)
         margin = running + 1 if running else 0
         needed = self.memory.pages_for(job.known) + margin
         return running < self._places and self.memory.held - pages + needed <= self.memory.num_pages
@@ -205,9 +212,19 @@ class Seats:
         left = self._budget - self._num_decoding
         left -= sum(job.known - job.computed for job in self._prefilling.values())
         while left > 0 and not self._is_full and (job := self._waiting.peek()) is not None:
-            if not self._fits(job):
+            if not self._fits(job) or not self._will_fit(job):
                 return
             left -= self._seat(job)
+
+    def _will_fit(self, job: Job) -> bool:
+        """Whether there will be pages for all that the job and those who run are expected to become."""
+        if not self._seated:
+            return True
+        pages_for, size = self.memory.pages_for, self.memory.page_size
+        promised = sum(
+            pages_for(max(self._known_by(one) + size, one.num_expected)) for one in self._seated.values()
+        )
+        return promised + pages_for(max(job.known + size, job.num_expected)) <= self.memory.num_pages
 
     # Giving and taking
 
@@ -215,6 +232,7 @@ class Seats:
         """Tokens that it wants to compute now."""
         self._waiting.remove(job)
         self._evictable.remove(job)
+        self._seated[job.number] = job
         self._num_aside -= job.is_aside
         job.is_aside = False
         moving = job.host_pages * self._costs.host_page + job.disk_pages * self._costs.disk_page
@@ -241,6 +259,7 @@ class Seats:
 
     def _leave(self, job: Job) -> None:
         """A running job no longer has a place. It is settled."""
+        del self._seated[job.number]
         self.memory.held -= self.memory.pages_for(job.known)
         if job.state is State.DECODING:
             self._num_decoding -= 1

@@ -123,6 +123,18 @@ def test_who_was_put_aside_for_too_long_goes_first_and_is_put_aside_no_more() ->
     assert stats.longest_pause_s == pytest.approx(5.0)
 
 
+def test_who_is_overdue_waits_for_a_place_where_restoring_costs_much() -> None:
+    driver = _driver(max_num_seqs=1, max_pause_s=0.05)
+    driver.add(request("low", 4, max_tokens=30, priority=9))
+    driver.step()
+    driver.add(*(request(f"urgent{n}", 4, max_tokens=3, priority=0, arrival_s=1.0) for n in range(3)))
+    ran = []
+    for _ in range(7):
+        driver.clock.advance(1.0)
+        ran += list(driver.step())
+    assert ran == ["urgent0.0"] * 3 + ["low.0"] * 4
+
+
 def test_who_never_had_a_place_does_not_become_overdue() -> None:
     driver = _driver(max_num_seqs=1, max_pause_s=1.0, policy="fcfs")
     driver.add(request("a", max_tokens=30), request("b", max_tokens=3))

@@ -50,11 +50,17 @@ def run(
     requests: Sequence[TraceRequest],
     max_pause_s: float = 1e6,
     on_finish: Callable[[], None] = lambda: None,
+    growth_share: float = 0.0,
     **settings: Any,
 ) -> Replica:
-    make = maker(name, on, **settings)
     return Replica(
-        on, make, requests, max_pause_s=max_pause_s, known_lengths=name == "srpt", on_finish=on_finish
+        on,
+        maker(name, on, **settings),
+        requests,
+        max_pause_s=max_pause_s,
+        growth_share=growth_share,
+        known_lengths=name == "srpt",
+        on_finish=on_finish,
     ).run()
 
 

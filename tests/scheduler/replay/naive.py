@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scheduler.clock import Clock
+from scheduler.lengths import Lengths
 from scheduler.machine import Machine
-from scheduler.planning import ASIDE_SHARE
+from scheduler.planning import ASIDE_SHARE, OVERDUE_COST_SHARE
 from scheduler.policies import Policy
 from scheduler.replay.ticks import TickCosts, seconds, ticks
 from scheduler.replay.trace import TraceRequest
@@ -29,6 +30,7 @@ class Item:
     level: int = 0
     expected_s: float = 0.0
     fcfs_s: float = 0.0
+    expected: int = 0
     computed: int = 0
     reached: int = 0
     state: str = "absent"
@@ -63,6 +65,7 @@ class Naive:
         make: Callable[[Clock], Policy],
         requests: Sequence[TraceRequest],
         max_pause_s: float,
+        growth_share: float,
         known_lengths: bool,
     ) -> None:
         self.machine = machine
@@ -70,7 +73,9 @@ class Naive:
         self.costs = TickCosts.of(machine.costs, self.places)
         self.max_pause = ticks(max_pause_s)
         self.now = 0
+        self.growth_share = growth_share
         self.policy = make(lambda: seconds(self.now))
+        self.lengths = self.policy.lengths or Lengths()
         self.items = [
             Item(
                 number=number,
@@ -147,6 +152,8 @@ class Naive:
                 item.state = "waiting"
                 self.policy.enter(item)
                 item.level = self.policy.level(item)
+                output = self.lengths.index(item.tenant, item.prompt_len).mean_left(0, item.max_output)
+                item.expected = item.prompt_len + int(output * self.growth_share)
         for item in self.of("loading"):
             if item.until <= self.now:
                 item.state = "prefilling"
@@ -203,6 +210,9 @@ class Naive:
             elif pages <= self.disk_free():
                 again = min(again, pages * max(self.costs.host_page, self.costs.disk_page))
             cost += again
+        most_aside = max(1, self.machine.max_num_seqs // ASIDE_SHARE)
+        if item.pinned and seconds(cost) * most_aside > seconds(self.max_pause) / OVERDUE_COST_SHARE:
+            return False
         return self.key(item) + seconds(cost) < self.key(victim)
 
     def admit(self) -> None:
@@ -211,6 +221,11 @@ class Naive:
             item.known - item.computed if item.state == "prefilling" else 1 for item in self.running()
         )
         while left > 0 and self.waiting() and self.fits(self.waiting()[0]):
+            least = self.machine.page_size
+            both = [*self.seated(), self.waiting()[0]]
+            ends = sum(self.pages(max(one.known + least, one.expected)) for one in both)
+            if len(both) > 1 and ends > self.machine.num_pages:
+                return
             left -= self.seat(self.waiting()[0])
 
     def seat(self, item: Item) -> int:
@@ -321,5 +336,7 @@ class Naive:
     def finish(self, item: Item) -> None:
         item.state = "done"
         item.finished = self.now
+        if self.policy.lengths is None:
+            self.lengths.observe(item.tenant, item.prompt_len, item.num_output, True)
         self.policy.learn(item, True)
         self.policy.leave(item)

@@ -17,7 +17,7 @@ SEEDS = range(50)
 POLICIES = ("fcfs", "priority", "mlfq-static", "mlfq", "srpt")
 
 
-def random_case(seed: int) -> tuple[Machine, list[TraceRequest], float]:
+def random_case(seed: int) -> tuple[Machine, list[TraceRequest], float, float]:
     rng = random.Random(seed)
     costs = CostModel(
         step_s=rng.choice((1e-3, 6e-3)),
@@ -50,17 +50,18 @@ def random_case(seed: int) -> tuple[Machine, list[TraceRequest], float]:
                 now_s, rng.randint(1, longest), rng.randint(1, longest), rng.choice("ab"), rng.randint(0, 3)
             )
         )
-    return on, requests, rng.choice((0.01, 0.3, 30.0))
+    return on, requests, rng.choice((0.01, 0.3, 30.0)), rng.choice((0.0, 0.1, 1.0))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_many_steps_at_once_equal_one_at_a_time(policy: str) -> None:
     jumped = 0
     for seed in SEEDS:
-        on, requests, max_pause_s = random_case(seed)
+        on, requests, max_pause_s, growth_share = random_case(seed)
         settings = {"static_quantum_s": 0.01, "static_max_head_start_s": 0.5, "head_start_gamma": 1.0}
-        fast = run(policy, on, requests, max_pause_s, **settings)
-        slow = Naive(on, maker(policy, on, **settings), requests, max_pause_s, policy == "srpt").run()
+        fast = run(policy, on, requests, max_pause_s, growth_share=growth_share, **settings)
+        make, known_lengths = maker(policy, on, **settings), policy == "srpt"
+        slow = Naive(on, make, requests, max_pause_s, growth_share, known_lengths).run()
         assert outcome(fast) == outcome_of_naive(slow), f"{policy}, seed {seed}"
         jumped += fast.counts.num_steps - fast.counts.num_events
     assert jumped > 0
@@ -68,10 +69,10 @@ def test_many_steps_at_once_equal_one_at_a_time(policy: str) -> None:
 
 def test_the_response_ratio_with_enough_pages() -> None:
     for seed in SEEDS:
-        on, requests, max_pause_s = random_case(seed)
+        on, requests, max_pause_s, growth_share = random_case(seed)
         on = machine(costs=on.costs, max_num_seqs=on.max_num_seqs, max_num_batched_tokens=40)
-        fast = run("hrrn", on, requests, max_pause_s)
-        slow = Naive(on, maker("hrrn", on), requests, max_pause_s, False).run()
+        fast = run("hrrn", on, requests, max_pause_s, growth_share=growth_share)
+        slow = Naive(on, maker("hrrn", on), requests, max_pause_s, growth_share, False).run()
         assert outcome(fast) == outcome_of_naive(slow), f"seed {seed}"
 
 
