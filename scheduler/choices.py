@@ -28,30 +28,29 @@ def max_tokens_of(request: Request, max_model_len: int) -> int:
     return min(len(request.prompt_ids) + request.sampling.max_tokens, max_model_len)
 
 
-def finish_at_once(sequence: Sequence, limit: int) -> FinishReason | None:
+def finish_at_once(sequence: Sequence) -> FinishReason | None:
     """Whether a new sequence has nothing left to say: it was delivered before, or wants no output."""
     if sequence.num_output == 0 and sequence.wants_prompt_logits:
         return None
-    return finish_after_last(sequence, limit)
+    return finish_after_last(sequence)
 
 
-def finish_after_last(sequence: Sequence, limit: int) -> FinishReason | None:
+def finish_after_last(sequence: Sequence) -> FinishReason | None:
     """Whether the sequence's last output token ends it. The stop token counts as output."""
     sampling = sequence.request.sampling
     num_output = sequence.num_output
     if sequence.tokens[-1] in sampling.stop_token_ids and num_output >= max(1, sampling.min_tokens):
         return FinishReason.STOP
-    return FinishReason.LENGTH if len(sequence.tokens) >= limit else None
+    return FinishReason.LENGTH if num_output >= sequence.max_output else None
 
 
-def commit(sequence: Sequence, committed: tuple[int, ...], limit: int) -> FinishReason | None:
-    """Append tokens one at a time until one ends the sequence; what follows that one is dropped.
-    `limit` is the most tokens it may have."""
+def commit(sequence: Sequence, committed: tuple[int, ...]) -> FinishReason | None:
+    """Append tokens one at a time until one ends the sequence; what follows that one is dropped."""
     for token in committed:
-        if len(sequence.tokens) >= limit:
-            return FinishReason.LENGTH  # max_tokens is 0: only the prompt was wanted
+        if not sequence.max_output:
+            return FinishReason.LENGTH  # only the prompt was wanted
         sequence.tokens.append(token)
-        finish = finish_after_last(sequence, limit)
+        finish = finish_after_last(sequence)
         if finish is not None:
             return finish
     return None

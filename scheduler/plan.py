@@ -101,8 +101,7 @@ class StepPlan:
         return sum(len(piece.tokens) for piece in self.slices)
 
 
-@dataclass(frozen=True, slots=True)
-class Advance:
+class Advance(NamedTuple):
     """What a decoding method made of one slice.
 
     `committed` are 0..n newly committed tokens; of the slice's slots the first `num_valid` hold KV
@@ -118,13 +117,12 @@ class Advance:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """What became of one sequence: tokens to deliver (stop conditions applied), and its end if it ended."""
 
     seq_id: int
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # of the choice; nobody searches in this tuple
     tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
     stop_token: int | None = None

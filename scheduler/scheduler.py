@@ -105,7 +105,7 @@ class Scheduler:
         for sequence in choices.live.values():
             self._sequences[sequence.seq_id] = sequence
             self._tenants.enter(request.tenant)
-            finish = finish_at_once(sequence, max_tokens_of(request, self.max_model_len))
+            finish = finish_at_once(sequence)
             if finish is not None:
                 ended.append((sequence, finish))
             elif sequence is choices.leader:
@@ -307,23 +307,21 @@ class Scheduler:
         num_before = len(sequence.tokens)
         reached_end = piece.start + len(piece.tokens) - piece.num_window == num_before
         assert reached_end or not advance.committed, "tokens committed from the middle of known ones"
-        limit = max_tokens_of(sequence.request, self.max_model_len)
-        finish = commit(sequence, advance.committed, limit)
+        finish = commit(sequence, advance.committed)
         self._take_in(sequence, piece, advance.num_valid)
         if reached_end:
             sequence.window = advance.window
         tokens = tuple(sequence.tokens[num_before:])
         if finish is not None:
             return self._end(sequence, finish, tokens)
-        unfit = self._unfit_window(sequence)
-        if unfit is not None:
+        if sequence.window.tokens and (unfit := self._unfit_window(sequence)) is not None:
             return self._end(sequence, FinishReason.ERROR, tokens, unfit)
         assert sequence.num_computed < sequence.num_tokens, "a live sequence with nothing to compute"
-        self._tables.trim(sequence)
-        if sequence.num_reached >= sequence.prompt_len:
-            choices = self._requests[sequence.request.request_id]
-            if sequence is choices.leader:
-                self._join_held_back(choices)
+        if piece.num_window:
+            self._tables.trim(sequence)
+        choices = self._requests[sequence.request.request_id]
+        if choices.held_back and sequence is choices.leader and sequence.num_reached >= sequence.prompt_len:
+            self._join_held_back(choices)
         return _progress(sequence, tokens) if tokens else None
 
     def _take_in(self, sequence: Sequence, piece: Slice, num_valid: int) -> None:
@@ -339,9 +337,12 @@ class Scheduler:
             sequence.num_findable = sequence.num_computed if causal else start + num_known
             self._tables.publish(sequence, since=start)
         reached = sequence.num_reached
-        self._recomputed_tokens += max(0, min(reached, end) - start)
-        sequence.num_reached = max(reached, sequence.num_computed)
-        self._places.unpark_behind(sequence, sequence.num_computed)
+        if start < reached:
+            self._recomputed_tokens += min(reached, end) - start
+        if reached < sequence.num_computed:
+            sequence.num_reached = sequence.num_computed
+        if start < sequence.num_known:
+            self._places.unpark_behind(sequence, sequence.num_computed)
         self._charge(sequence, max(start, reached), end)
 
     def _charge(self, sequence: Sequence, start: int, end: int) -> None:
@@ -352,7 +353,7 @@ class Scheduler:
         seconds = self.costs.slice(start, end - start) + self.costs.step_s / self.config.max_num_seqs
         sequence.attained_s += seconds
         self._tenants.charge(sequence.request.tenant, seconds)
-        if sequence.num_output >= sequence.next_change or sequence.num_left:
+        if sequence.num_output >= sequence.next_change or sequence.num_reached < sequence.num_known:
             self._places.relevel(sequence)
         self._backlog.served(sequence, seconds)
 
@@ -360,7 +361,7 @@ class Scheduler:
         """What to say of a window that the pool cannot hold even when the sequence is alone."""
         num_window = len(sequence.window.tokens)
         assert num_window < self.config.max_num_batched_tokens, "the window exceeds every step"
-        if not num_window or self._tables.pages_for(sequence.num_tokens) <= self._pool.num_pages:
+        if self._tables.pages_for(sequence.num_tokens) <= self._pool.num_pages:
             return None
         capacity = self.config.num_pages * self.config.page_size
         return f"a window of {num_window} tokens makes {sequence.num_tokens}; the KV pages hold {capacity}"
@@ -416,13 +417,13 @@ def _progress(
     error: str | None = None,
 ) -> Progress:
     return Progress(
-        seq_id=sequence.seq_id,
-        request_id=sequence.request.request_id,
-        index=sequence.index,
-        tokens=tokens,
-        finish=finish,
-        stop_token=sequence.tokens[-1] if finish is FinishReason.STOP else None,
-        error=error,
-        num_cached=sequence.num_cached,
-        first_scheduled_s=sequence.first_scheduled_s,
+        sequence.seq_id,
+        sequence.request.request_id,
+        sequence.index,
+        tokens,
+        finish,
+        sequence.tokens[-1] if finish is FinishReason.STOP else None,
+        error,
+        sequence.num_cached,
+        sequence.first_scheduled_s,
     )

@@ -79,8 +79,8 @@ def _publish_all(original: Any) -> Any:
 
 
 def _drop_nothing_after_a_stop(original: Any) -> Any:
-    def commit(sequence: Any, committed: tuple[int, ...], limit: int) -> Any:
-        finish = original(sequence, committed, limit)
+    def commit(sequence: Any, committed: tuple[int, ...]) -> Any:
+        finish = original(sequence, committed)
         if finish is FinishReason.STOP and len(committed) > 1:
             sequence.tokens.append(committed[-1])
         return finish
