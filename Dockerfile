@@ -15,14 +15,15 @@ COPY . /src
 RUN TORCH="${TORCH}" /src/docker/install.sh /opt/octavo
 
 FROM ${PYTHON_IMAGE} AS runtime
-RUN useradd --create-home --uid 1000 octavo && install -d -o octavo -g octavo /models
+RUN useradd --create-home --uid 1000 octavo && install -d -o octavo -g octavo /models /state
 COPY docker/entrypoint.sh /usr/local/bin/octavo-entrypoint
 ENV PATH=/opt/octavo/bin:$PATH \
     HF_HOME=/models \
+    OCTAVO_STATE_FOLDER=/state \
     PYTHONUNBUFFERED=1
 USER octavo
 WORKDIR /home/octavo
-VOLUME /models
+VOLUME /models /state
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=6s --start-period=120s --retries=3 \

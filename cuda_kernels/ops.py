@@ -7,7 +7,7 @@ change anywhere else. All operations work on rows (tokens) and know no request.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cuda_kernels import reference
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from cuda_kernels.slices import SliceTable
+
+# Raise it with every change after which the same tokens may get keys and values of other bits: another kernel
+# in `pick`, another order of sums, block or padding in one, another order of operations in the transformer.
+# Then KV pages that were written to disk before are not mixed with new ones, and costs are measured again.
+ARITHMETIC_VERSION: Final = 1
 
 
 class AttentionPlan(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from dataclasses import dataclass, replace
@@ -32,8 +33,11 @@ from scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.tiers.disk import DiskFile
     from scheduler.config import SchedulerConfig
     from scheduler.costs import CostModel
+
+logger = logging.getLogger("octavo.engine")
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
 GPU_MEMORY_SHARE = 0.8
@@ -131,9 +135,18 @@ def _lower_tiers(
         identity = kv_identity(checkpoint, storage.pages.dtype, storage.pages.device, settings.page_size)
         disk = open_disk_file(_disk_path(config, identity), identity, storage.page_bytes, disk_pages)
     # Without a prefix cache pages are private, by numbers that every process counts anew.
-    index = disk.index() if disk and settings.prefix_cache else {}
+    index = _disk_index(disk) if disk and settings.prefix_cache else {}
     copier = Copier(storage, HostPool(storage, host_pages), disk)
     return replace(settings, host_pages=host_pages, disk_pages=disk_pages if disk else 0), copier, index
+
+
+def _disk_index(disk: DiskFile) -> dict[bytes, int]:
+    """What the file holds by its table; nothing, and a line in the log, where that cannot be read."""
+    try:
+        return disk.index()
+    except OSError as error:
+        logger.warning("%s counts as empty, its table cannot be read: %s", disk.path, error.strerror)
+        return {}
 
 
 def _disk_path(config: EngineConfig, identity: bytes) -> Path:

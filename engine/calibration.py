@@ -17,7 +17,7 @@ import torch
 from engine.sampling.places import Place
 from engine.sampling.sampler import sample
 from scheduler.costs import CostModel
-from scheduler.fitting import Sample, fit, relative_error, scaled
+from scheduler.fitting import FITTED, Sample, fit, relative_error, scaled
 from scheduler.plan import Slice, StepPlan
 from scheduler.types import Request, SamplingParams, Sequence
 
@@ -34,7 +34,8 @@ DEVICE_BUDGET_S: Final = 2.0  # the first step of each shape loads its kernels
 MAX_ROUNDS: Final = 3  # the fastest of so many counts: what disturbs a step makes it slower
 CPU_PAGES: Final = 16  # touching memory first takes longer than a step, and it stays taken
 DEVICE_PAGES: Final = 4096  # enough that contexts do not lie in its caches
-MIN_KINDS: Final = 4  # of steps; fewer do not tell the constants apart, but only how fast the machine is
+# Kinds of steps: one more than the fit has constants. Fewer tell only how fast the machine is.
+MIN_KINDS: Final = len(FITTED) + 1
 MAX_USUAL_ERROR: Final = 0.3  # relative, of the median step; above it the machine was busy elsewhere
 
 # The shape of the costs, which the samples scale: a small model on two CPU cores.

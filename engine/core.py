@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from engine.decoding import METHODS
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
 from engine.runner import Outcome, Runner
+from engine.step_times import StepTimes
 from scheduler.plan import Advance, Progress, Slice, StepPlan
 from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.types import FinishReason, Request
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from engine.tiers.copier import Copier
+    from scheduler.plan import Tier
     from scheduler.scheduler import Scheduler
 
 logger = logging.getLogger("octavo.engine")
@@ -36,6 +39,7 @@ class EngineCore:
         self.on_begun: Callable[[tuple[str, ...]], None] | None = (
             None  # hears of requests before they compute
         )
+        self.step_times = StepTimes(scheduler.costs)
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
         self._waits_for_copies = False
@@ -80,8 +84,10 @@ class EngineCore:
 
     def step(self) -> StepOutput:
         """Compute one step, if there is anything to compute, and report all news since the last call."""
+        failed_copies: tuple[Tier, ...] = ()
         if self.copier is not None:
             self.scheduler.copied(self.copier.finished())
+            failed_copies = self.copier.take_failed()
         self._collect(self.scheduler.expire())
         plan = self.scheduler.plan()
         self._set_aside(plan)
@@ -96,7 +102,8 @@ class EngineCore:
             progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
             self._collect(progress, outcomes)
         outputs, self._early = tuple(self._early), []
-        return StepOutput(outputs, self.scheduler.stats(), num_prompt_tokens)
+        stats, ratio = self.scheduler.stats(), self.step_times.ratio
+        return StepOutput(outputs, stats, num_prompt_tokens, failed_copies, ratio)
 
     def close(self) -> None:
         """Whatever still runs is dropped; content on its way to the disk is lost."""
@@ -134,7 +141,9 @@ class EngineCore:
     def _execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
         """A step that raises ends its own sequences with an error; everyone else goes on."""
         try:
+            begun_s = time.perf_counter()
             outcomes = self.runner.execute(plan)
+            self.step_times.note(plan, time.perf_counter() - begun_s)
             self._failed_steps = 0
         except Exception as failure:
             self._failed_steps += 1

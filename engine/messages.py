@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from scheduler.costs import CostModel
-from scheduler.plan import SchedulerStats
+from scheduler.plan import SchedulerStats, Tier
 from scheduler.refusal import RefusalReason
 from scheduler.snapshot import Snapshot
 from scheduler.types import FinishReason, Request
@@ -76,6 +76,8 @@ class StepOutput(msgspec.Struct, tag=True, frozen=True, gc=False):
     outputs: tuple[SequenceOutput, ...]
     stats: SchedulerStats
     num_prompt_tokens: int = 0  # of prompts, computed in this step or found in the cache, each counted once
+    failed_copies: tuple[Tier, ...] = ()  # where KV pages should have arrived, of copies that have failed
+    step_time_ratio: float = 0.0  # measured over predicted, a mean of late; 0 before the first step
 
 
 class Phase(NamedTuple):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from scheduler.plan import Tier
 from server.scheduler_metrics import SchedulerMetrics
 
 if TYPE_CHECKING:
@@ -138,10 +139,14 @@ class Metrics:
         sizes = (ready.page_size, ready.num_pages, ready.host_pages)
         self._cache_config.clear()
         self._cache_config.labels(self._model, *map(str, sizes), ready.dtype).set(1)
+        for tier, there in zip(Tier, (ready.host_pages, ready.host_pages, ready.disk_pages), strict=True):
+            if there:  # shown from the start, at zero
+                self._failed_copies.labels(self._model, tier.name.lower())
 
     def on_lost(self) -> None:
         """The engine is gone, and its pages with it."""
         self.scheduler.begin_again(0)
+        self._step_time_ratio.set(0)
 
     def on_step(self, step: StepOutput) -> None:
         now = self._clock()
@@ -151,6 +156,9 @@ class Metrics:
         if tokens:
             self._iteration_tokens.observe(tokens)
         self.scheduler.stats = step.stats
+        self._step_time_ratio.set(step.step_time_ratio)
+        for tier in step.failed_copies:
+            self._failed_copies.labels(self._model, tier.name.lower()).inc()
 
     def _observe_output(self, output: SequenceOutput, now: float) -> None:
         record = self._live.get(output.request_id)
@@ -213,9 +221,21 @@ class Metrics:
             ["model_name", "block_size", "num_gpu_blocks", "num_cpu_blocks", "dtype"],
             registry=self.registry,
         )
+        self._step_time_ratio = Gauge(
+            "octavo:step_time_ratio",
+            "Measured over predicted time of the engine's steps, a mean of late. 0 before the first.",
+            ["model_name"],
+            registry=self.registry,
+        ).labels(self._model)
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of requests that began.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._restarts = self._counter("octavo:engine_restarts", "Engine processes that replaced a dead one.")
+        self._failed_copies = Counter(
+            "octavo:page_copies_failed",
+            "Copies of KV pages that failed, damaged pages among them, by where they should have gone.",
+            ["model_name", "to"],
+            registry=self.registry,
+        )
         self._success = Counter(
             "vllm:request_success",
             "Sequences that ended, by reason.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from scheduler.plan import LevelStats, SchedulerStats, Tier, TierStats
+from scheduler.plan import LevelStats, SchedulerStats, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -41,9 +41,7 @@ class SchedulerMetrics(Collector):
         for family in COUNTERS:
             self._before[family.name].update(dict(family.samples(self.stats)))
         levels = tuple(LevelStats(piece.level) for piece in self.stats.levels)
-        tiers = tuple(
-            replace(piece, num_used=0, num_busy=0, num_in=0, num_failed=0) for piece in self.stats.tiers
-        )
+        tiers = tuple(replace(piece, num_used=0, num_busy=0, num_in=0) for piece in self.stats.tiers)
         self.stats = SchedulerStats(num_pages=num_pages, levels=levels, tiers=tiers if num_pages else ())
 
     def collect(self) -> Iterator[Metric]:
@@ -72,10 +70,6 @@ def _one(value_of: Callable[[SchedulerStats], float]) -> Callable[[SchedulerStat
 
 def _by_level(value_of: Callable[[LevelStats], float]) -> Callable[[SchedulerStats], Samples]:
     return lambda stats: [((str(piece.level),), value_of(piece)) for piece in stats.levels]
-
-
-def _by_tier(value_of: Callable[[TierStats], float]) -> Callable[[SchedulerStats], Samples]:
-    return lambda stats: [((_name(piece.tier),), value_of(piece)) for piece in stats.tiers]
 
 
 def _name(tier: Tier) -> str:
@@ -224,10 +218,4 @@ COUNTERS = (
         ("level",),
     ),
     Family("octavo:pages_copied", "KV pages that arrived by a copy.", _pages_copied, ("to",)),
-    Family(
-        "octavo:page_copies_failed",
-        "Copies of KV pages that failed.",
-        _by_tier(lambda p: p.num_failed),
-        ("to",),
-    ),
 )

@@ -114,6 +114,8 @@ async def _run_engine(service: Service) -> str:
         dtype=ready.dtype,
         max_model_len=ready.max_model_len,
         kv_tokens=ready.num_pages * ready.page_size,
+        host_pages=ready.host_pages or None,  # left out where there are none
+        disk_pages=ready.disk_pages or None,
         **phases,
     )
     return await service.client.died()

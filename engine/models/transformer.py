@@ -1,7 +1,8 @@
 """One decoder-only transformer, driven by its configuration: the Llama shape (Touvron 2023).
 
 Pre-norm blocks of grouped-query attention with rotary positions and a gated MLP. It computes rows
-(tokens of many sequences side by side) and knows neither sequences nor requests.
+(tokens of many sequences side by side) and knows neither sequences nor requests. Who changes the bits of what
+it computes raises `cuda_kernels.ops.ARITHMETIC_VERSION`.
 """
 
 from __future__ import annotations

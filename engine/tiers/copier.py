@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from engine.tiers.host import HostPool
 from engine.tiers.lanes import lane_for
+from engine.tiers.rare_warnings import RareWarnings
 from scheduler.plan import Copied, Copy, Tier
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ class Copier:
         self._before = before
         self._group_pages = max(1, GROUP_BYTES // storage.page_bytes)
         self._staging = HostPool(storage, self._group_pages if disk else 0)  # from the file to the device
-        self._failing: set[tuple[Tier, Tier]] = set()
+        self._warnings = RareWarnings()
         self._groups: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._ended: list[Copied] = []  # under the lock; the event is readable exactly while it has entries
+        self._ended: list[tuple[Tier, Copied]] = []  # under the lock; the event is readable while it has any
+        self._failed: list[Tier] = []
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._num_in_flight = 0
         self._closing = False
@@ -106,7 +108,14 @@ class Copier:
             if ended:
                 os.eventfd_read(self._event)
         self._num_in_flight -= len(ended)
-        return tuple(ended)
+        self._failed += [target for target, copied in ended if not copied.ok]
+        return tuple(copied for _, copied in ended)
+
+    def take_failed(self) -> tuple[Tier, ...]:
+        """Where those of the copies that `finished` returned since the last call should have gone which
+        failed: a disk page that was damaged failed to reach the device."""
+        failed, self._failed = tuple(self._failed), []
+        return failed
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until `finished` has news, at most `timeout_s`; not at all when nothing is in flight."""
@@ -140,10 +149,10 @@ class Copier:
                 if is_first:  # whoever wakes up finds news
                     os.eventfd_write(self._event, 1)
 
-    def _run(self, group: _Group) -> list[Copied]:
+    def _run(self, group: _Group) -> list[tuple[Tier, Copied]]:
         ready = [copy for copy in group.copies if self._may_begin(copy)]
         done = self._copy(group.fence, ready)
-        return [Copied(copy.number, copy.number in done) for copy in group.copies]
+        return [(copy.target, Copied(copy.number, copy.number in done)) for copy in group.copies]
 
     def _may_begin(self, copy: Copy) -> bool:
         if self._closing:
@@ -162,14 +171,12 @@ class Copier:
             return set()
         way = (copies[0].source, copies[0].target)
         try:
-            done = self._legs(way, fence, copies)
+            return self._legs(way, fence, copies)
         except Exception as error:
             if len(copies) == 1:
                 self._log_failure(copies[0], error)
                 return set()
             return {number for copy in copies for number in self._copy(fence, [copy])}
-        self._failing.discard(way)
-        return done
 
     def _legs(self, way: tuple[Tier, Tier], fence: Any, copies: Sequence[Copy]) -> set[int]:
         match way:
@@ -201,12 +208,8 @@ class Copier:
         return {copy.number for copy, _ in found}
 
     def _log_failure(self, copy: Copy, error: Exception) -> None:
-        """The first of a row: a disk that is full fails with every page."""
-        way = (copy.source, copy.target)
-        if way not in self._failing:
-            self._failing.add(way)
-            names = (copy.source.name.lower(), copy.target.name.lower())
-            logger.warning("KV pages could not be copied from %s to %s: %s", *names, error)
+        way = (copy.source.name.lower(), copy.target.name.lower())
+        self._warnings.warn(way, "KV pages could not be copied from %s to %s: %s", *way, error)
 
 
 def _yield_to_others(niceness: int) -> None:

@@ -21,6 +21,8 @@ import struct
 import zlib
 from typing import TYPE_CHECKING, Final
 
+from engine.tiers.rare_warnings import RareWarnings
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -55,6 +57,7 @@ class DiskFile:
         self.num_pages = num_pages
         self._pages_offset = _round_up(_HEADER_BYTES + num_pages * _ENTRY_BYTES)
         self._header = _sealed_header(identity, page_bytes, num_pages)
+        self._warnings = RareWarnings()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
@@ -97,11 +100,13 @@ class DiskFile:
             parts = self._parse(os.pread(self._fd, _ENTRY_BYTES, self._entry_offset(page)))
             whole = self._read_all(into, self._page_offset(page))
         except OSError as error:
-            logger.warning("%s: page %d cannot be read: %s", self.path, page, error.strerror)
+            self._warnings.warn("error", "%s: page %d cannot be read: %s", self.path, page, error.strerror)
             return False
         if whole and parts == (key, _checksum(key, into)):
             return True
-        logger.warning("%s: page %d is damaged or another one; it counts as missing", self.path, page)
+        self._warnings.warn(
+            "damage", "%s: page %d is damaged or another one; it counts as missing", self.path, page
+        )
         return False
 
     def erase(self, page: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cuda_kernels import ops
 from engine.checkpoint import CheckpointKind
 
 if TYPE_CHECKING:
@@ -21,5 +22,5 @@ def kv_identity(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     folder = checkpoint.kind == CheckpointKind.FOLDER
     files = sorted(checkpoint.path.glob("*.safetensors")) if folder else [checkpoint.path]
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    arithmetic = (str(dtype), device.type, torch.__version__)
+    arithmetic = (str(dtype), device.type, torch.__version__, ops.ARITHMETIC_VERSION)
     return repr((weights, checkpoint.transformer, page_size, arithmetic)).encode()

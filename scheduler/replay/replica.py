@@ -57,6 +57,7 @@ class Replica(Seats):
                 self._decode(1 if short else None)
             else:
                 self._now = self._next_event()
+                assert self._now >= 0, "a request fits into no empty machine (see load.fitted)"
                 continue
             self._settle_due()
             self._evict()

@@ -182,6 +182,17 @@ def test_the_files_that_compose_mounts_exist() -> None:
     assert grace_s > SETTINGS["drain_timeout_s"].default
 
 
+def test_what_is_learned_and_measured_outlives_the_container() -> None:
+    """In a volume with a name: one without goes with the container, and so do folders of the image."""
+    recipe = (ROOT / "Dockerfile").read_text()
+    (folder,) = re.findall(r"OCTAVO_STATE_FOLDER=(\S+)", recipe)
+    assert re.search(rf"^RUN useradd .* octavo .*-o octavo .* {folder}\b", recipe, re.M), "of that user"
+    assert re.search(rf"^VOLUME .*{folder}\b", recipe, re.M)
+    compose = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
+    (volume,) = [mount for mount in compose["services"]["octavo"]["volumes"] if mount.endswith(f":{folder}")]
+    assert volume.split(":")[0] in compose["volumes"]
+
+
 def test_the_overlay_for_gpus_reserves_them_for_the_image_of_that_name() -> None:
     overlay = yaml.safe_load((ROOT / "docker" / "compose.cuda.yaml").read_text())["services"]["octavo"]
     assert f"AS {overlay['build']['target']}\n" in (ROOT / "Dockerfile").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,14 @@ DEVICE_PAGES = 200  # of 368,640 bytes: they leave 26 MB
 COSTS = str(Path(__file__).parents[2] / "configs" / "machines" / "cpu-2-cores-smollm2-135m.toml")
 
 
-def config(**bytes_below: int) -> EngineConfig:
+def config(**tiers: int | str) -> EngineConfig:
     return EngineConfig(
         device="cpu",
         dtype="bfloat16",
         state_folder="-",
         costs=COSTS,
         scheduler=SchedulerConfig(num_pages=DEVICE_PAGES),
-        **bytes_below,  # type: ignore[arg-type]
+        **tiers,  # type: ignore[arg-type]
     )
 
 
@@ -34,6 +35,25 @@ def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatc
     built = build_engine(config(host_cache_bytes=20_000_000))
     assert (built.ready.num_pages, built.ready.host_pages) == (DEVICE_PAGES, 54)
     built.core.close()
+
+
+def test_a_disk_whose_table_cannot_be_read_counts_as_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pread = os.pread
+
+    def failing(descriptor: int, length: int, offset: int) -> bytes:
+        if offset:  # the header is whole
+            raise OSError(5, "Input/output error")
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr("engine.tiers.disk.os.pread", failing)
+    path = str(tmp_path / "kv")
+    built = build_engine(config(host_cache_bytes=10**7, disk_cache_bytes=10**7, disk_cache_path=path))
+    built.core.close()
+    assert built.ready.disk_pages == 27
+    assert [tier.num_used for tier in built.core.scheduler.stats().tiers] == [0, 0]
+    assert caplog.messages == [f"{path} counts as empty, its table cannot be read: Input/output error"]
 
 
 def test_a_disk_needs_a_host_page_and_a_place() -> None:

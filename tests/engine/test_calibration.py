@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+import engine.calibration
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.calibration import PRIOR, calibrate, probe_steps
@@ -82,6 +83,22 @@ def test_a_step_that_fails_leaves_an_estimate_and_nothing_else(monkeypatch: pyte
     assert found.num_steps == 1, "it stops at the first failure"
     assert found.costs.step([(0, 1)]) > 0
     assert parts.is_empty
+
+
+@pytest.mark.parametrize(("count", "steady"), [(5, False), (6, True)])
+def test_a_fit_wants_one_kind_of_steps_more_than_it_has_constants(
+    count: int, steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer scale the prior, and are not worth keeping: five constants pass through any five times."""
+    parts = Parts()
+    truth = replace(PRIOR, step_s=0.08, token_s=0.0001)
+    few = probe_steps(MAX_SEQS, MAX_TOKENS, TINY.max_positions)[:count]
+    monkeypatch.setattr(engine.calibration, "probe_steps", lambda *limits: few)
+    monkeypatch.setattr(engine.calibration._StepStopwatch, "time", lambda self, slices: truth.step(slices))
+    found = calibrate(parts.model, parts.storage, parts.batches, MAX_SEQS, MAX_TOKENS, budget_s=60.0)
+    assert (found.num_steps, found.steady) == (count, steady)
+    is_scaled = found.costs.step_s / found.costs.token_s == pytest.approx(PRIOR.step_s / PRIOR.token_s)
+    assert is_scaled is not steady
 
 
 def test_a_model_without_finite_numbers_leaves_none_behind() -> None:

@@ -141,8 +141,25 @@ def test_a_failed_copy_fails_alone_and_the_thread_lives_on(build, storage, host,
     assert all_ended(copier) == expected
     assert not host.cells[2].any()
     assert caplog.text.count("could not be copied") == 1
+    assert copier.take_failed() == (Tier.HOST, Tier.HOST)
     copier.start([out(9, 9, 9)])
     assert all_ended(copier) == [Copied(9)]
+
+
+def test_a_disk_that_fails_now_and_then_does_not_fill_the_log(build, disk, caplog):
+    """Also where every failure is the first after a success."""
+
+    def fail(copy: Copy) -> None:
+        if copy.number % 2 and copy.target is Tier.DISK:
+            raise OSError("now and then")
+
+    copier = build(disk=disk, before=fail)
+    for number in range(0, 40, 2):
+        copier.start([out(number, 0, 0)])
+        copier.start([to_disk(number + 1, key_of(0), 0, 0)])
+        all_ended(copier)
+    assert copier.take_failed() == (Tier.DISK,) * 20
+    assert caplog.text.count("could not be copied") == 1
 
 
 def test_a_group_that_fails_is_done_page_by_page(storage, host):
@@ -168,6 +185,8 @@ def test_ways_that_are_not_there_fail(build):
     copier.start([to_disk(1, key_of(1), 0, 0), from_disk(2, key_of(1), 0, 0)])
     copier.start([Copy(3, key_of(1), Tier.DISK, 0, Tier.HOST, 0), out(4, 0, 0)])
     assert all_ended(copier) == [Copied(1, False), Copied(2, False), Copied(3, False), Copied(4)]
+    assert copier.take_failed() == (Tier.DISK, Tier.DEVICE, Tier.HOST)
+    assert copier.take_failed() == ()
 
 
 def test_a_damaged_page_of_the_file_never_reaches_the_device(build, storage, disk):
@@ -180,6 +199,7 @@ def test_a_damaged_page_of_the_file_never_reaches_the_device(build, storage, dis
     disk.path.write_bytes(raw)
     copier.start([from_disk(20 + page, key_of(page), page, 10 + page) for page in range(3)])
     assert all_ended(copier) == [Copied(20), Copied(21, False), Copied(22)]
+    assert copier.take_failed() == (Tier.DEVICE,)
     assert torch.equal(storage.pages[10], content(storage, 0))
     assert torch.equal(storage.pages[11], content(storage, 11))
     assert torch.equal(storage.pages[12], content(storage, 2))

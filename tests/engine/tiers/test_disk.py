@@ -211,6 +211,15 @@ def test_an_error_of_the_disk_while_reading_is_a_miss(path, monkeypatch):
     assert read(file, 0, key_of(0)) is None
 
 
+def test_a_thousand_damaged_pages_are_one_line_in_the_log(path, caplog):
+    file = opened(path)
+    file.write(0, key_of(0), payload(0))
+    for _ in range(1000):
+        assert read(file, 0, key_of(1)) is None
+        assert read(file, 0, key_of(0)) is not None
+    assert caplog.text.count("is damaged") == 1
+
+
 def test_a_second_process_goes_on_without_the_file(path, caplog):
     written(path)
     first = opened(path)

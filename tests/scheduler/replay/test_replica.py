@@ -36,6 +36,12 @@ def test_two_requests_and_two_places_share_every_step() -> None:
     assert finished_s(replica) == [3, 2]
 
 
+@pytest.mark.parametrize("sizes", [(13, 1), (4, 10)])
+def test_a_request_that_fits_nowhere_is_an_error_and_no_endless_wait(sizes: tuple[int, int]) -> None:
+    with pytest.raises(AssertionError, match="fits into no empty machine"):
+        run("fcfs", machine(num_pages=3), [request(0, *sizes)])
+
+
 def test_a_long_prompt_is_computed_in_chunks_beside_a_decode() -> None:
     on = machine(max_num_seqs=2)
     replica = run("fcfs", on, [request(0, 4, 5), request(0.5, 20, 2)])

@@ -96,14 +96,14 @@ def test_a_lost_engine_holds_nothing() -> None:
             num_pages_held=9,
             levels=(LevelStats(0, num_running=1), LevelStats(1, num_waiting=2, num_running=2)),
         )
-        server.call(lambda: server.service._on_step(StepOutput((), busy)))
+        server.call(lambda: server.service._on_step(StepOutput((), busy, step_time_ratio=2.0)))
         levels = 'octavo:level_sequences{level="1",model_name="org/fake",state="waiting"}'
         assert server.metrics()[levels] == 2
         server.engine.ready = None
         gauges = server.metrics()
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert gauges[f"vllm:{name}{LABEL}"] == 0
-        assert gauges[levels] == 0
+        assert gauges[levels] == gauges[f"octavo:step_time_ratio{LABEL}"] == 0
         assert gauges['octavo:pages{model_name="org/fake",state="held",tier="device"}'] == 0
 
 
@@ -144,10 +144,10 @@ def test_the_schedulers_stats_are_shown_under_their_names() -> None:
         backlog_s=2.5,
         head_start_gamma=0.5,
         levels=(LevelStats(3, 1, 2, 3, 4, 5, 6, 7, 8.5),),
-        tiers=(TierStats(Tier.HOST, 50, 10, 4, 12, 1), TierStats(Tier.DISK, 9, 8, 2, 13, 2)),
+        tiers=(TierStats(Tier.HOST, 50, 10, 4, 12, 0), TierStats(Tier.DISK, 9, 8, 2, 13, 0)),
     )
     metrics = Metrics("m")
-    metrics.on_step(StepOutput((), stats))
+    metrics.on_step(StepOutput((), stats, step_time_ratio=1.25))
     value = metrics.registry.get_sample_value
     expected = {
         ("parked_sequences", ()): 1,
@@ -179,8 +179,7 @@ def test_the_schedulers_stats_are_shown_under_their_names() -> None:
         ("pages_copied_total", (("to", "device"),)): 8,
         ("pages_copied_total", (("to", "host"),)): 12,
         ("pages_copied_total", (("to", "disk"),)): 13,
-        ("page_copies_failed_total", (("to", "host"),)): 1,
-        ("page_copies_failed_total", (("to", "disk"),)): 2,
+        ("step_time_ratio", ()): 1.25,
     }
     shown = {
         (name, labels): value(f"octavo:{name}", {"model_name": "m", **dict(labels)})
@@ -188,6 +187,28 @@ def test_the_schedulers_stats_are_shown_under_their_names() -> None:
     }
     assert shown == expected
     assert value("vllm:num_preemptions_total", {"model_name": "m"}) == 5
+
+
+def test_failed_copies_count_by_where_they_went_for_as_long_as_the_server_runs() -> None:
+    with running() as server:
+        ready = server.engine.ready
+        assert ready is not None
+
+        def failed() -> dict[str, float]:
+            prefix = 'octavo:page_copies_failed_total{model_name="org/fake",to="'
+            shown = server.metrics().items()
+            return {name[len(prefix) : -2]: value for name, value in shown if name.startswith(prefix)}
+
+        assert failed() == {}, "there are no tiers"
+        server.engine.ready = msgspec.structs.replace(ready, host_pages=5)
+        server.call(server.service.note_ready)
+        assert failed() == {"device": 0, "host": 0}
+        server.engine.ready = msgspec.structs.replace(ready, host_pages=5, disk_pages=5)
+        for copies in ((Tier.HOST, Tier.DEVICE, Tier.HOST), (), (Tier.DISK,)):
+            step = StepOutput((), SchedulerStats(), failed_copies=copies)
+            server.call(partial(server.service._on_step, step))
+        server.engine.ready = None
+        assert failed() == {"device": 1, "host": 2, "disk": 1}
 
 
 def test_a_refused_request_is_counted_once_and_observed_nowhere() -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SCRIPT = """
 import asyncio, signal, sys
+from msgspec.structs import replace
 from engine.client import EngineDead
 from engine.messages import SequenceOutput
 from scheduler.types import FinishReason
@@ -30,6 +31,11 @@ class Dying(FakeEngine):
     async def start(self):
         raise EngineDead("no such model")
 
+class Tiered(FakeEngine):
+    async def start(self):
+        self.ready = replace(await super().start(), host_pages=30, disk_pages=400)
+        return self.ready
+
 def give_up(engine):
     \"\"\"As the engine's client does: the cause first, then an error for every sequence.\"\"\"
     engine.dead.set_result("killed thrice")
@@ -40,7 +46,8 @@ def give_up(engine):
 
 async def main():
     kind, drain_timeout_s = sys.argv[1], float(sys.argv[2])
-    engine = Dying() if kind == "dying" else FakeEngine(step_s=0.5 if kind == "slow" else 0.02)
+    kinds = {"dying": Dying, "tiers": Tiered}
+    engine = kinds.get(kind, FakeEngine)(step_s=0.5 if kind == "slow" else 0.02)
     service = make_service(engine, port=0, log_format="json", drain_timeout_s=drain_timeout_s)
     loop = asyncio.get_running_loop()
     if kind == "dies":
@@ -96,6 +103,15 @@ def open_stream(server: Process) -> Iterator[None]:
         pieces = stream.iter_raw()
         next(pieces)
         yield
+
+
+@pytest.mark.parametrize(("kind", "pages"), [("plain", (None, None)), ("tiers", (30, 400))])
+def test_the_log_tells_of_host_and_disk_pages_where_there_are_any(
+    kind: str, pages: tuple[int | None, int | None]
+) -> None:
+    with process(kind) as server:
+        ready = server.next_event("ready")
+        assert (ready.get("host_pages"), ready.get("disk_pages")) == pages
 
 
 def test_sigterm_drains_and_exits_0() -> None:
