@@ -3,7 +3,8 @@
     python -m tests.bench.policies [--workers 2] [--limit 4000] [--only "code, 64"] [--machine FILE]
 
 The traces are looked for in $OCTAVO_TRACES (default ../shared/traces). Ratios are to fcfs of the same build.
-The table goes to standard output and, with every figure, to tests/bench/results/policies.{md,json}. Requests
+The table goes to standard output and to tests/bench/results/policies.md, every figure beside it to
+policies.json (a megabyte, not kept). Requests
 longer than the machine's context length are cut to it; the JSON's notes say how many.
 """
 
