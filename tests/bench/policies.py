@@ -4,8 +4,8 @@
 
 The traces are looked for in $OCTAVO_TRACES (default ../shared/traces). Ratios are to fcfs of the same build.
 The table goes to standard output and to tests/bench/results/policies.md, every figure beside it to
-policies.json (a megabyte, not kept). Requests
-longer than the machine's context length are cut to it; the JSON's notes say how many.
+policies.json (a megabyte, not kept). Requests longer than the machine's context length are cut to it; the
+JSON's notes say how many.
 """
 
 from __future__ import annotations
