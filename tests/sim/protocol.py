@@ -93,6 +93,9 @@ class _Copies:
         ended, self._ended = (*self._ended, *self._tiers.finished()), []
         return ended
 
+    def take_failed(self) -> tuple[Tier, ...]:
+        return ()  # they are only counted
+
     def close(self) -> None:
         pass
 
