@@ -79,9 +79,10 @@ class EngineClient(Protocol):
         output. Survives a restart of the engine: the request is replayed with what was delivered."""
         ...
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, *, natural: bool = False) -> None:
         """End one choice or the whole request. An unknown one is ignored. No sink call follows for
-        a whole request that was aborted; an aborted single choice still gets its terminal output."""
+        a whole request that was aborted; an aborted single choice still gets its terminal output.
+        `natural`: a stop string was found, so lengths are learned from it as from any other end."""
         ...
 
     async def inspect(self, max_sequences: int) -> Snapshot:
@@ -183,15 +184,16 @@ class EngineProcess:
         self._entries[request.request_id] = (JournalEntry(request), sink)
         self._send(Submit(request))
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, *, natural: bool = False) -> None:
         found = self._entries.get(request_id)
         if found is None:
             return
+        message = Abort(request_id, index, natural)
         if index is None:
             del self._entries[request_id]
         else:
-            found[0].aborted.add(index)
-        self._send(Abort(request_id, index))
+            found[0].aborted[index] = message
+        self._send(message)
 
     async def inspect(self, max_sequences: int) -> Snapshot:
         if self.ready is None:

@@ -61,7 +61,7 @@ class EngineCore:
         """Take a request or an abort; what follows at once is part of the next report."""
         self._waits_for_copies = False
         if isinstance(message, Abort):
-            self._collect(self.scheduler.abort(message.request_id, message.index))
+            self._collect(self.scheduler.abort(message.request_id, message.index, natural=message.natural))
             return
         request = message.request
         try:

@@ -24,7 +24,7 @@ class JournalEntry:
         self.delivered: list[list[int]] = [list(tokens) for tokens in request.delivered]
         self.delivered += [[] for _ in range(request.num_choices - len(self.delivered))]
         self.live = set(range(request.num_choices))
-        self.aborted: set[int] = set()
+        self.aborted: dict[int, Abort] = {}  # by choice
         self.begun = False  # the current engine process has computed some of it, or was about to
         self.deaths_without_progress = 0  # of engines that had this request and delivered nothing of it
         self._num_scored = 0  # prompt log-probabilities delivered, ever
@@ -48,8 +48,9 @@ class JournalEntry:
         self.begun = False
         delivered = tuple(tuple(tokens) for tokens in self.delivered)
         request = replace(self.request, delivered=delivered, readmitted=True)
-        ended = sorted((set(range(request.num_choices)) - self.live) | self.aborted)
-        return [Submit(request), *(Abort(request.request_id, index) for index in ended)]
+        ended = sorted((set(range(request.num_choices)) - self.live) | self.aborted.keys())
+        aborts = (self.aborted.get(index, Abort(request.request_id, index)) for index in ended)
+        return [Submit(request), *aborts]
 
     def _without_repeats(self, output: SequenceOutput) -> SequenceOutput:
         """A new engine scores the prompt from its beginning again."""

@@ -28,6 +28,7 @@ class Abort(msgspec.Struct, tag=True, frozen=True, gc=False):
 
     request_id: str
     index: int | None = None
+    natural: bool = False  # the text ended by itself: a stop string was found
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True, gc=False):

@@ -35,7 +35,9 @@ class Backlog:
         return max(0.0, sum(seconds for number, seconds in self._by_level.items() if number <= level))
 
     def add(self, sequence: Sequence) -> None:
-        sequence.backlog_s = self.service_s(sequence, 1.0)
+        """The sequence came, or is looked at again: it was held back till now."""
+        self.remove(sequence)
+        sequence.backlog_s = self._service_s(sequence, 1.0, self._places)
         self._by_level[sequence.level] += sequence.backlog_s
         self._counted[sequence.seq_id] = sequence.level
 
@@ -61,21 +63,18 @@ class Backlog:
             self._by_level.clear()  # what is left are rounding errors
         return True
 
-    def service_s(self, sequence: Sequence, share: float) -> float:
-        """Attributed seconds of a newcomer: its prefill, and a share of the output expected of it."""
-        prompt_len = sequence.prompt_len
-        output = self.expected_output(sequence) * share
-        left = sequence.num_left
-        prefill_s = self._costs.prefill(sequence.num_known - left, left, self._chunk, self._places)
-        return prefill_s + output * self._costs.decode(prompt_len, self._places)
-
-    def alone_s(self, sequence: Sequence, share: float) -> float:
-        """The least wall time that the same takes in a batch of its own."""
-        left = sequence.num_left
-        prefill_s = self._costs.prefill(sequence.num_known - left, left, self._chunk, 1)
-        return prefill_s + self.expected_output(sequence) * share * self._costs.decode(sequence.prompt_len, 1)
+    def alone_s(self, sequence: Sequence) -> float:
+        """The least wall time of a newcomer, in a batch of its own and with little output."""
+        return self._service_s(sequence, CHARITY, places=1)
 
     def expected_output(self, sequence: Sequence) -> float:
         """Tokens that it is still to have, by what was learned from others and its own limit."""
         index = self._lengths.index(sequence.tenant, sequence.prompt_len)
         return index.mean_left(sequence.num_output, sequence.max_output)
+
+    def _service_s(self, sequence: Sequence, share: float, places: int) -> float:
+        """Attributed seconds of its prefill and of a share of the output expected of it, in batches of
+        `places`."""
+        left, output = sequence.num_left, self.expected_output(sequence) * share
+        prefill_s = self._costs.prefill(sequence.num_known - left, left, self._chunk, places)
+        return prefill_s + output * self._costs.decode(sequence.prompt_len, places)

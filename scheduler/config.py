@@ -61,7 +61,11 @@ class SchedulerConfig:
     )
     reserve_share: float = field(
         default=0.02,
-        metadata={"help": "share of the pages kept free for those who precede somebody running", "min": 0.0},
+        metadata={
+            "help": "share of the pages kept free for those who precede somebody running",
+            "min": 0.0,
+            "max": 0.5,
+        },
     )
     max_copies_in_flight: int = field(
         default=256, metadata={"help": "pages on their way between tiers at a time", "min": 1}
@@ -75,7 +79,11 @@ class SchedulerConfig:
         },
     )
     min_shared_tokens: int = field(
-        default=64, metadata={"help": "a common prefix from which sequences are grouped", "min": 1}
+        default=64,
+        metadata={
+            "help": "tokens of a common prefix, in whole pages, that others wait for or are grouped by",
+            "min": 16,
+        },
     )
     tenant_weights: tuple[str, ...] = field(
         default=(), metadata={"help": "name=weight: shares of service under contention; others weigh 1"}

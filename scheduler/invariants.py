@@ -158,10 +158,11 @@ def _check_tiers(scheduler: Scheduler) -> None:
         assert reading.keys() <= tier.page_of.keys(), "content is evicted while it is read"
     going_up = {copy.key: copy.target_page for copy in copies if copy.target is Tier.DEVICE}
     assert going_up == tiers._going_up, "content goes up without a copy"
-    for number, fetch in tiers.fetches.items():
+    for number, waits_for in tiers.fetches.items():
         assert number in scheduler._places.parked, "pages are fetched for one that is not parked"
-        assert fetch.waits_for, "a fetch that waits for nothing"
-        assert fetch.waits_for <= going_up.keys(), "a fetch waits for what does not come"
+        assert waits_for, "a fetch that waits for nothing"
+        assert waits_for <= going_up.keys(), "a fetch waits for what does not come"
+    assert len(tiers._put_aside) <= scheduler._pool.num_pages, "a page is offered twice"
 
 
 def _check_queues(scheduler: Scheduler) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from scheduler.plan import LevelStats
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from scheduler.types import Sequence
 
-MAX_LEVELS = 64  # reported; a policy with more is reported in the lowest of them
+MAX_LEVELS = 64  # told apart; once there are so many, another counts with the nearest of them
 
 
 @dataclass(slots=True)
@@ -28,22 +29,22 @@ class _Counts:
 
 class LevelCounts:
     def __init__(self) -> None:
-        self._counts: dict[int, _Counts] = defaultdict(_Counts)
+        self._counts: dict[int, _Counts] = {}
 
     def entered(self, level: int) -> None:
-        self._counts[level].entered += 1
+        self._of(level).entered += 1
 
     def moved(self, before: int, after: int) -> None:
         if after > before:
-            self._counts[before].demoted += 1
+            self._of(before).demoted += 1
         elif after < before:
-            self._counts[before].promoted += 1
+            self._of(before).promoted += 1
 
     def preempted(self, level: int) -> None:
-        self._counts[level].preempted += 1
+        self._of(level).preempted += 1
 
     def seated(self, level: int, waited_s: float) -> None:
-        counts = self._counts[level]
+        counts = self._of(level)
         counts.seated += 1
         counts.waited_s += waited_s
 
@@ -51,15 +52,13 @@ class LevelCounts:
         self, waiting: Iterable[tuple[int, int]], running: Iterable[Sequence]
     ) -> tuple[LevelStats, ...]:
         """`waiting`: (level, number of sequences)."""
-        num_waiting, num_running = dict(waiting), defaultdict[int, int](int)
-        for sequence in running:
-            num_running[sequence.level] += 1
-        known = sorted(self._counts.keys() | num_waiting.keys() | num_running.keys())[:MAX_LEVELS]
+        num_waiting = self._by_known(waiting)
+        num_running = self._by_known(Counter(sequence.level for sequence in running).items())
         return tuple(
             LevelStats(
                 level,
-                num_waiting.get(level, 0),
-                num_running.get(level, 0),
+                num_waiting[level],
+                num_running[level],
                 counts.entered,
                 counts.demoted,
                 counts.promoted,
@@ -67,6 +66,22 @@ class LevelCounts:
                 counts.seated,
                 counts.waited_s,
             )
-            for level in known
-            for counts in (self._counts[level],)
+            for level, counts in sorted(self._counts.items(), key=itemgetter(0))
         )
+
+    def _by_known(self, numbers: Iterable[tuple[int, int]]) -> Counter[int]:
+        by_known: Counter[int] = Counter()
+        for level, number in numbers:
+            by_known[self._known(level)] += number
+        return by_known
+
+    def _of(self, level: int) -> _Counts:
+        return self._counts[self._known(level)]
+
+    def _known(self, level: int) -> int:
+        """The level under which one is counted: the same for ever, or counters would fall."""
+        if level not in self._counts:
+            if len(self._counts) == MAX_LEVELS:
+                return min(self._counts, key=lambda known: abs(known - level))
+            self._counts[level] = _Counts()
+        return level

@@ -47,7 +47,7 @@ class Places:
         self.num_preempted = {"place": 0, "pages": 0}
         self.num_resumed = {"kept": 0, "fetched": 0, "recomputed": 0}
         self.num_overdue = 0
-        self.num_parked = 0
+        self.num_parkings = 0  # since the start
         self.longest_pause_s = 0.0
         self.query_tokens = 0
         self.hit_tokens = 0
@@ -158,7 +158,7 @@ class Places:
         """It has its turn, but its pages are on their way: others go on meanwhile."""
         self.waiting.discard(sequence)
         sequence.state = SequenceState.PARKED
-        self.num_parked += 1
+        self.num_parkings += 1
         self.parked[sequence.seq_id] = sequence
 
     def park_behind(self, sequence: Sequence, other: Sequence, num_tokens: int) -> None:

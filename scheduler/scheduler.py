@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scheduler.agenda import Agenda
-from scheduler.backlog import CHARITY, Backlog
+from scheduler.backlog import Backlog
 from scheduler.choices import Choices, commit, finish_at_once, max_tokens_of
 from scheduler.costs import CostModel
 from scheduler.lengths import Lengths
@@ -110,7 +110,10 @@ class Scheduler:
                 ended.append((sequence, finish))
             elif sequence is choices.leader:
                 self._join(sequence)
-        self._ended_at_once += [self._end(sequence, finish) for sequence, finish in ended]
+            else:
+                self._expect(sequence)
+        # The leader goes last: its end would send the next one to the queue.
+        self._ended_at_once += [self._end(sequence, finish) for sequence, finish in reversed(ended)]
 
     def copied(self, copied: Iterable[Copied]) -> None:
         """Copies of earlier plans have ended."""
@@ -118,16 +121,19 @@ class Scheduler:
             for seq_id in self._tiers.ended(copy):
                 self._places.unpark(seq_id)
 
-    def abort(self, request_id: str, index: int | None = None) -> tuple[Progress, ...]:
-        """End one choice of a request, or all of them. What is not alive is ignored."""
+    def abort(
+        self, request_id: str, index: int | None = None, *, natural: bool = False
+    ) -> tuple[Progress, ...]:
+        """End one choice of a request, or all of them. What is not alive is ignored. `natural`: the text
+        ended by itself, as whoever reads it has found."""
         choices = self._requests.get(request_id)
         if choices is None:
             return ()
         if index is None:
-            return tuple(self._end_all(choices, FinishReason.ABORT))
+            return tuple(self._end_all(choices, FinishReason.ABORT, natural))
         if index not in choices.live:
             return ()
-        return (self._end(choices.live[index], FinishReason.ABORT),)
+        return (self._end(choices.live[index], FinishReason.ABORT, natural=natural),)
 
     def expire(self) -> tuple[Progress, ...]:
         """End every request whose deadline has passed, waiting or running."""
@@ -244,7 +250,7 @@ class Scheduler:
         sequence.level = self._policy.level(sequence)
         left_s = deadline_s - self._clock()
         wait_s = self._wait_s(sequence.level)
-        needed_s = wait_s * BENEFIT_OF_DOUBT + self._backlog.alone_s(sequence, CHARITY)
+        needed_s = wait_s * BENEFIT_OF_DOUBT + self._backlog.alone_s(sequence)
         if needed_s > left_s:
             message = f"the request would take {needed_s:.2f} s, and its deadline is in {left_s:.2f} s"
             raise RequestRefused(RefusalReason.DEADLINE, message, needed_s, left_s, wait_s)
@@ -275,6 +281,13 @@ class Scheduler:
             )
         leader, *others = live.values()
         return Choices(request, number, live, held_back=others, leader=leader)
+
+    def _expect(self, sequence: Sequence) -> None:
+        """It is held back, and will find the full pages of the prompt: those nobody has to wait for."""
+        size = self.config.page_size
+        sequence.num_found = (sequence.prompt_len - 1) // size * size
+        sequence.level = self._policy.level(sequence)
+        self._backlog.add(sequence)
 
     def _join_held_back(self, choices: Choices) -> None:
         for sequence in choices.held_back:
@@ -374,14 +387,15 @@ class Scheduler:
         finish: FinishReason,
         tokens: tuple[int, ...] = (),
         error: str | None = None,
+        natural: bool = False,
     ) -> Progress:
         """The only way out: every holder of the sequence's state lets go of it."""
         choices = self._requests[sequence.request.request_id]
         self._places.leave(sequence)
-        has_waited = self._backlog.remove(sequence)
+        has_waited = self._backlog.remove(sequence) and sequence not in choices.held_back
         self._tenants.leave(sequence.request.tenant)
         if has_waited and finish in _LEARNT_FROM:
-            natural = finish is FinishReason.STOP
+            natural = natural or finish is FinishReason.STOP
             if self._policy.lengths is None:
                 self.lengths.observe(sequence.tenant, sequence.prompt_len, sequence.num_output, natural)
             self._policy.learn(sequence, natural)
@@ -400,10 +414,10 @@ class Scheduler:
             self._deadlines.discard(choices.number)
         return _progress(sequence, tokens, finish, error)
 
-    def _end_all(self, choices: Choices, finish: FinishReason) -> list[Progress]:
+    def _end_all(self, choices: Choices, finish: FinishReason, natural: bool = False) -> list[Progress]:
         """The leader goes last: its end would send the next one to the queue."""
-        ended = [self._end(choices.live[index], finish) for index in sorted(choices.live, reverse=True)]
-        return ended[::-1]
+        live = [choices.live[index] for index in sorted(choices.live, reverse=True)]
+        return [self._end(sequence, finish, natural=natural) for sequence in live][::-1]
 
     def _take_ended_at_once(self) -> list[Progress]:
         ended, self._ended_at_once = self._ended_at_once, []

@@ -183,7 +183,7 @@ class Simulation:
             down=sum(tier.num_in for tier in stats.tiers),
             overdue=stats.num_overdue,
             kept=stats.num_resumed_kept,
-            parked=self._scheduler._places.num_parked,
+            parked=self._scheduler._places.num_parkings,
         )
 
     def _let_arrive(self) -> None:

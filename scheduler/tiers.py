@@ -12,12 +12,11 @@ ended. What a failed copy should have brought is a miss, and will be computed ag
 
 from __future__ import annotations
 
-import heapq
 from collections import OrderedDict
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
+from scheduler.agenda import Agenda
 from scheduler.plan import Copied, Copy, Tier, TierStats
 
 if TYPE_CHECKING:
@@ -87,13 +86,6 @@ class LowerTier:
         )
 
 
-@dataclass(slots=True, eq=False)
-class Fetch:
-    """Content on its way up for a sequence that is parked meanwhile."""
-
-    waits_for: set[bytes]
-
-
 class Tiers:
     def __init__(
         self,
@@ -107,12 +99,12 @@ class Tiers:
         self.host = LowerTier(Tier.HOST, host_pages)
         self.disk = LowerTier(Tier.DISK, disk_pages if host_pages else 0, disk_index if host_pages else None)
         self.in_flight: dict[int, Copy] = {}
-        self.fetches: dict[int, Fetch] = {}  # by sequence
+        self.fetches: dict[int, set[bytes]] = {}  # by sequence, parked meanwhile: what it waits for
         self.num_up = 0  # pages that reached the device, since the start
         self._max_in_flight = max_in_flight
         self._new: list[Copy] = []  # for the next plan
         self._going_up: dict[bytes, int] = {}  # content on its way to the device: the page
-        self._put_aside: list[tuple[float, int, bytes]] = []  # heap: the latest to run again first
+        self._put_aside: Agenda[bytes] = Agenda()  # by device page, so as many at most; see `put_aside`
         self._unwanted: set[int] = set()  # copies in flight whose content is to be trusted no more
         self._next_number = 0
 
@@ -147,7 +139,7 @@ class Tiers:
                 break
             waits_for.add(key)
         if waits_for:
-            self.fetches[seq_id] = Fetch(waits_for)
+            self.fetches[seq_id] = waits_for
         return bool(waits_for)
 
     def num_reading(self, page: int) -> int:
@@ -172,16 +164,19 @@ class Tiers:
 
     def put_aside(self, pages: Iterable[int], order: float) -> None:
         """Pages of a sequence that was put aside: to be copied to the host ahead of their eviction, those
-        of the sequence that is expected to run again last first (FastServe's order of swapping out)."""
+        of the sequence that is expected to run again last first (FastServe's order of swapping out). What
+        a page was offered for before, with other content or in another order, does not count any more."""
         for page in pages:
+            self._put_aside.discard(page)
             key = self.pool.key_of.get(page)
             if key is not None and not self._is_below(key):
-                heapq.heappush(self._put_aside, (-order, page, key))
+                self._put_aside.push((-order, page), key)
 
     def _copy_down(self) -> None:
         room = self._max_in_flight - len(self.in_flight)
-        while room > 0 and self._put_aside:
-            _, page, key = heapq.heappop(self._put_aside)
+        while room > 0 and (entry := self._put_aside.first()) is not None:
+            (_, page), key = entry
+            self._put_aside.discard(page)
             if self.pool.page_of.get(key) == page and not self._begin_down(key, page):
                 return
             room = self._max_in_flight - len(self.in_flight)
@@ -257,9 +252,9 @@ class Tiers:
             self.num_up += 1
         self.pool.release([page])
         complete = []
-        for seq_id, fetch in list(self.fetches.items()):
-            fetch.waits_for.discard(copy.key)
-            if not fetch.waits_for:
+        for seq_id, waits_for in list(self.fetches.items()):
+            waits_for.discard(copy.key)
+            if not waits_for:
                 del self.fetches[seq_id]
                 complete.append(seq_id)
         return complete

@@ -299,15 +299,15 @@ class Generation:
                 number, choice = divmod(index, self.num_choices)
                 self._metrics.finish(self.requests[number].request_id, choice, delta.finish)
                 if slot.finish is None:  # the stop string was found here: the engine does not know
-                    self._abort(index)
+                    self._abort(index, natural=True)
             if self._keep_text:
                 self.texts[index] = self.texts.get(index, "") + delta.text
             deltas.append(delta)
         return deltas
 
-    def _abort(self, index: int) -> None:
+    def _abort(self, index: int, *, natural: bool = False) -> None:
         number, choice = divmod(index, self.num_choices)
-        self._client.abort(self.requests[number].request_id, choice)
+        self._client.abort(self.requests[number].request_id, choice, natural=natural)
 
     def _prompt_is_scored(self, index: int) -> bool:
         """Echoed logprobs come first, so a choice waits for those of its prompt, unless it ended."""

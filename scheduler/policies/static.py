@@ -58,8 +58,10 @@ class StaticFeedbackQueue:
     def next_change(self, work: Work) -> float:
         if work.level >= self._num_levels - 1:
             return math.inf
-        left_s = self._quantum_s * 2.0**work.level - work.attained_s
         per_token_s = self._costs.decode(work.prompt_len + work.num_output, self._places)
+        if not per_token_s:
+            return math.inf
+        left_s = self._quantum_s * 2.0**work.level - work.attained_s
         return work.num_output + max(1, math.floor(left_s / per_token_s))
 
     def key(self, level: int, arrival_s: float) -> float:

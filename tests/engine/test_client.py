@@ -12,7 +12,7 @@ import pytest
 
 from engine.client import EngineDead, EngineProcess
 from engine.config import EngineConfig
-from engine.messages import SequenceOutput
+from engine.messages import Abort, SequenceOutput
 from scheduler.types import FinishReason, Request, SamplingParams
 
 SCRIPT = Path(__file__).with_name("fake_process.py")
@@ -90,6 +90,16 @@ async def test_an_aborted_choice_stays_aborted_after_a_restart(make):
         await asyncio.sleep(1.0)
         assert [one.tokens for one in stream.outputs if one.index == 1] in ([], [(10,)])
         assert [one.tokens[0] for one in stream.outputs if one.index == 0] == [0, 1, 2, 3, 4, 5]
+
+
+async def test_how_a_choice_ended_survives_a_restart(make):
+    client = make("serve")
+    stream = Stream(client, choices=3)
+    client.abort("r", 1, natural=True)
+    client.abort("r", 2)
+    (entry, _) = client._entries["r"]
+    assert entry.replay()[1:] == [Abort("r", 1, natural=True), Abort("r", 2)]
+    assert not stream.outputs
 
 
 async def test_a_request_that_kills_every_engine_is_given_up_and_the_engine_lives(make):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.decoding import METHODS
-from engine.messages import Submit
+from engine.messages import Abort, Submit
+from scheduler.lengths import ALL
 from scheduler.types import FinishReason
 from tests.engine.tiny import Heard, abort, request, run, tiny_core
 from tests.engine.windows import LineGuesser
@@ -174,6 +175,17 @@ def test_an_abort_ends_one_choice_or_all_and_frees_the_pages():
     assert {output.index for output in report.outputs if output.finish} == {0, 2}
     assert report.stats.num_pages_held == 0
     assert not core.has_work
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_lengths_learn_how_an_aborted_text_ended(natural):
+    core = tiny_core()
+    core.handle(Submit(request("r", PROMPT, temperature=1.0, max_tokens=200)))
+    for _ in range(6):
+        core.step()
+    core.handle(Abort("r", 0, natural=natural))
+    ended, cut = core.scheduler.lengths._shared[ALL].counts()
+    assert (sum(ended), sum(cut)) == (float(natural), float(not natural))
 
 
 def test_a_method_that_commits_none_or_many_tokens_a_step_gives_the_same_text(monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from scheduler.costs import CostModel
 from scheduler.lengths import Lengths
+from scheduler.levels import MAX_LEVELS
 from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.snapshot import take_snapshot
 from scheduler.types import FinishReason, SequenceState
@@ -79,6 +80,36 @@ def test_computed_prefixes_shorten_the_estimate() -> None:
     driver.add(request("a", prompt, max_tokens=1))
     driver.finish()
     driver.add(request("b", prompt, deadline_s=1.0, max_tokens=20))  # 28 of 30 tokens are there
+    assert driver.scheduler.stats().backlog_s == pytest.approx(0.2 + 2.0, rel=0.1)  # not 5 s
+    with pytest.raises(RequestRefused):
+        driver.add(request("c", 30, deadline_s=1.0, max_tokens=20))
+
+
+def test_choices_that_are_held_back_are_waited_for_too() -> None:
+    """The prompt's full pages are computed once: 12 of its 16 tokens."""
+    driver = _driver()
+    driver.add(request("alone", 16, deadline_s=9.0, max_tokens=20))
+    driver.scheduler.abort("alone")
+    driver.add(request("a", 16, num_choices=4, max_tokens=20))
+    ahead_s = driver.scheduler.stats().backlog_s
+    assert ahead_s == pytest.approx(1.6 + 3 * 0.4 + 4 * 2.0, rel=0.1)
+    with pytest.raises(RequestRefused):
+        driver.add(request("b", 16, deadline_s=5.0, max_tokens=20))
+    driver.step()  # the prompt; the others queue now
+    assert driver.scheduler.stats().backlog_s == pytest.approx(ahead_s - 1.6)
+    driver.scheduler.abort("a", 0)
+    assert driver.scheduler.stats().backlog_s == pytest.approx(3 * 2.4, rel=0.1)
+    driver.finish()
+    assert driver.scheduler.stats().backlog_s == 0.0
+
+
+def test_the_next_to_lead_brings_the_prompt_with_it() -> None:
+    driver = _driver()
+    driver.add(request("a", 16, num_choices=2, max_tokens=20))
+    driver.scheduler.abort("a", 0)
+    assert driver.scheduler.stats().backlog_s == pytest.approx(1.6 + 2.0, rel=0.1)
+    driver.scheduler.abort("a", 1)
+    assert driver.scheduler.stats().backlog_s == 0.0
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
@@ -121,6 +152,20 @@ def test_the_counters_of_levels_add_up() -> None:
     assert sum(level.num_preempted for level in levels) == driver.scheduler.stats().num_preemptions
     assert levels[0].num_demoted > 0
     assert sum(level.waited_s for level in levels) > 0.0
+
+
+def test_of_too_many_levels_each_counts_with_the_nearest_known_one_and_none_is_lost() -> None:
+    driver = Driver(policy="priority", max_num_seqs=1, num_pages=64)
+    driver.add(*[request(f"r{k}", priority=k) for k in range(2 * MAX_LEVELS)])
+    levels = driver.scheduler.stats().levels
+    assert [level.level for level in levels] == list(range(MAX_LEVELS))
+    assert (levels[0].num_waiting, levels[-1].num_waiting) == (1, MAX_LEVELS + 1)
+    assert levels[-1].num_entered == MAX_LEVELS + 1
+    driver.add(request("urgent", priority=-1))
+    driver.step()
+    levels = driver.scheduler.stats().levels
+    assert [level.level for level in levels] == list(range(MAX_LEVELS))  # or counters would fall
+    assert (levels[0].num_entered, levels[0].num_running, levels[0].num_seated) == (2, 1, 1)
 
 
 # What people may look at

@@ -174,6 +174,13 @@ def test_it_is_asked_again_no_later_than_its_quantum_ends() -> None:
     assert policy.next_change(replace(work, level=3)) == float("inf")
 
 
+def test_where_nothing_costs_anything_no_level_is_left() -> None:
+    free = CostModel(step_s=0.0, slice_s=0.0, token_s=0.0, pair_s=0.0)
+    policy = StaticFeedbackQueue(1.0, 4, 9.0, free, chunk=512, places=4)
+    assert policy.level(arriving(1000)) == 0
+    assert policy.next_change(OneWork(num_left=0, num_output=1)) == float("inf")
+
+
 def test_head_starts_fall_from_the_largest_to_none() -> None:
     assert [100.0 - static().key(level, 100.0) for level in range(4)] == [9.0, 6.0, 3.0, 0.0]
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from scheduler.invariants import check_empty
+from scheduler.length_histogram import EDGES
+from scheduler.lengths import ALL
 from scheduler.plan import Advance
 from scheduler.scheduler import RefusalReason, RequestRefused
 from scheduler.types import FinishReason
@@ -105,6 +107,40 @@ def test_an_abort_while_the_step_computes_drops_its_advance() -> None:
     advances = [driver.answer(piece) for piece in plan.slices]
     driver.scheduler.abort("a")
     assert [news.request_id for news in driver.apply(plan, *advances)] == ["b"]
+
+
+@pytest.mark.parametrize("index", [0, None])
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+def test_lengths_are_learned_from_a_text_that_ended_and_bounded_by_one_that_was_cut(
+    policy: str, index: int | None
+) -> None:
+    driver = Driver(policy=policy, num_pages=64)
+    driver.add(request("ended", max_tokens=9), request("cut", max_tokens=9))
+    for _ in range(3):
+        driver.step()
+    (news,) = driver.scheduler.abort("ended", index, natural=True)
+    driver.scheduler.abort("cut", index)
+    assert news.finish is FinishReason.ABORT
+    ended, cut = driver.scheduler.lengths._shared[ALL].counts()
+    assert [k for k, count in enumerate(ended) if count] == [EDGES.index(3)]
+    assert [k for k, count in enumerate(cut) if count] == [EDGES.index(4)]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+def test_nothing_is_learned_from_a_choice_that_was_held_back(policy: str) -> None:
+    driver = Driver(policy=policy, num_pages=64)
+    driver.add(request("a", num_choices=2, delivered=((), (TOKEN, TOKEN)), readmitted=True, max_tokens=9))
+    driver.scheduler.abort("a", 1, natural=True)
+    assert driver.scheduler.lengths._shared[ALL].num_seen == 0
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
+def test_nothing_is_learned_from_what_an_earlier_engine_process_ended(policy: str) -> None:
+    driver = Driver(policy=policy)
+    delivered = ((TOKEN,), (TOKEN,), ())
+    driver.add(request("a", num_choices=3, delivered=delivered, readmitted=True, stop_token_ids=(TOKEN,)))
+    assert sorted(news.index for news in driver.scheduler.expire()) == [0, 1]
+    assert driver.scheduler.lengths._shared[ALL].num_seen == 0
 
 
 def test_nothing_happens_to_what_nobody_knows() -> None:

@@ -26,7 +26,7 @@ def test_a_common_prefix_is_computed_once_and_both_go_on_from_its_end() -> None:
     first, second = driver.step(), driver.step()
     assert (set(first), set(second)) == ({"a.0"}, {"a.0", "b.0"})
     assert second["b.0"].start == 24
-    assert driver.scheduler._places.num_parked == 1
+    assert driver.scheduler._places.num_parkings == 1
 
 
 def test_who_is_parked_runs_as_soon_as_what_both_share_is_there() -> None:
@@ -44,14 +44,14 @@ def test_a_short_common_prefix_is_not_waited_for() -> None:
     driver = _driver(min_shared_tokens=32, max_num_batched_tokens=16)
     driver.add(_asked("a", 1), _asked("b", 2))
     driver.finish()
-    assert driver.scheduler._places.num_parked == 0
+    assert driver.scheduler._places.num_parkings == 0
 
 
 def test_under_another_salt_nobody_is_waited_for() -> None:
     driver = _driver()
     driver.add(_asked("a", 1), _asked("b", 2, cache_salt="other"))
     driver.finish()
-    assert driver.scheduler._places.num_parked == 0
+    assert driver.scheduler._places.num_parkings == 0
 
 
 @pytest.mark.parametrize("end", ["abort", "error"])
@@ -74,9 +74,11 @@ def test_who_is_aborted_while_parked_leaves_nothing_behind() -> None:
     driver = _driver()
     driver.add(_asked("a", 1), _asked("b", 2))
     plan = driver.plan()
-    driver.scheduler.abort("b")
-    driver.apply(plan)
-    driver.finish()
+    assert driver.scheduler.sequence(1).state is SequenceState.PARKED
+    assert [news.finish for news in driver.scheduler.abort("b")] == [FinishReason.ABORT]
+    assert driver.scheduler.stats().num_parked == 0
+    ends = [*driver.apply(plan), *driver.finish()]
+    assert [(news.request_id, news.finish) for news in ends if news.finish] == [("a", FinishReason.LENGTH)]
     check_empty(driver.scheduler)
 
 

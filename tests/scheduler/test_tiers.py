@@ -64,6 +64,28 @@ def test_whoever_runs_again_last_comes_down_first() -> None:
     assert {number for number, *_ in world.copies()} == {10, 11} - first
 
 
+def test_a_page_that_is_offered_again_is_offered_once() -> None:
+    """What it was offered for before does not count: neither the order nor the content."""
+    world = World(pages=3, max_in_flight=1)
+    pages = world.cached(1, 2)
+    for round_number in range(100):
+        world.tiers.put_aside(pages, float(round_number))
+    world.tiers.put_aside(pages[:1], -1.0)
+    assert len(world.tiers._put_aside) == 2
+    assert len(world.tiers._put_aside._heap) <= 2 * 3 + 16
+    assert world.copies() == [(2, Tier.DEVICE, Tier.HOST)]
+
+
+def test_pages_of_new_content_are_not_offered_for_the_old_one() -> None:
+    world = World(pages=4)
+    for first in range(0, 400, 4):
+        world.put_aside(0.0, *range(first, first + 4))
+        world.lose_device()
+    assert len(world.tiers._put_aside) <= 4
+    world.put_aside(0.0, 999)
+    assert world.copies() == [(999, Tier.DEVICE, Tier.HOST)]
+
+
 def test_what_is_on_the_host_is_not_copied_again() -> None:
     world = World()
     world.on_host(1, 2)

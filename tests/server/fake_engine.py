@@ -59,6 +59,7 @@ class FakeEngine:
     on_step: Callable[[StepOutput], None] | None = None
     requests: list[Request] = field(default_factory=list)
     aborts: dict[str, float] = field(default_factory=dict)  # request id -> when
+    natural: dict[tuple[str, int], bool] = field(default_factory=dict)  # of the aborts of choices
     live: dict[tuple[str, int], Live] = field(default_factory=dict)
     sinks: dict[str, Sink] = field(default_factory=dict)
     dead: asyncio.Future[str] | None = None
@@ -91,10 +92,11 @@ class FakeEngine:
             self.live[request.request_id, index] = live
         self._wake.set()
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, *, natural: bool = False) -> None:
         if index is not None:
             if (request_id, index) in self.live:
                 self.live[request_id, index].stop = True
+                self.natural[request_id, index] = natural
             return
         keys = [key for key in self.live if key[0] == request_id]
         for key in keys:

@@ -89,6 +89,8 @@ def test_text_is_parsed_by_the_type_of_the_field(name: str, text: str, value: ob
         ("port", "", "port must be a whole number"),
         ("port", True, "port must be a whole number"),
         ("max_num_seqs", "0", "max_num_seqs must be at least 1"),
+        ("reserve_share", "1", "reserve_share must be at least 0 and at most 0.5"),
+        ("min_shared_tokens", "1", "min_shared_tokens must be at least 16"),
         ("static_quantum_s", "nan", "static_quantum_s must be at least 0.001"),
         ("request_timeout_s", "inf", "request_timeout_s must be at least 0"),
         ("max_num_seqs", "1e400", "max_num_seqs must be a whole number"),
@@ -203,7 +205,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     return {
         bool: st.booleans(),
         int: st.integers(int(setting.minimum), top or 2**50),
-        float: st.floats(setting.minimum, 1e9),
+        float: st.floats(setting.minimum, min(setting.maximum, 1e9)),
         str: text.map(str.strip),
     }[setting.kind]
 

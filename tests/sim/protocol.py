@@ -255,14 +255,15 @@ class Protocol:
         """As the client does: of a whole request it wants to hear no more."""
         entry = self._journal[request_id]
         index = self._rng.choice((None, self._rng.randrange(entry.request.num_choices)))
+        message = Abort(request_id, index)
         self.totals["aborts"] += 1
         if index is None:
             del self._journal[request_id]
             self._aborted.update((request_id, one) for one in range(entry.request.num_choices))
         else:
-            entry.aborted.add(index)
+            entry.aborted[index] = message
             self._aborted.add((request_id, index))
-        self._to_engine.send(Abort(request_id, index))
+        self._to_engine.send(message)
 
     def _client_hears(self) -> None:
         message = self._reader.decode(self._from_engine.receive())

@@ -104,9 +104,9 @@ def _evict_held_pages(original: Any) -> Any:
 
 
 def _forget_the_held_back(original: Any) -> Any:
-    def end_all(self: Scheduler, group: Any, finish: Any) -> Any:
+    def end_all(self: Scheduler, group: Any, *how: Any) -> Any:
         group.held_back.clear()
-        return original(self, group, finish)[:1]
+        return original(self, group, *how)[:1]
 
     return end_all
 

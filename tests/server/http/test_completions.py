@@ -111,6 +111,15 @@ def test_stop_string_cuts_text_tokens_and_logprobs(tokens_per_step: int) -> None
         assert not server.engine.live
 
 
+def test_the_engine_hears_whether_a_text_ended_or_was_cut() -> None:
+    with running(FakeEngine(step_s=0.01)) as server:
+        server.complete(max_tokens=200, stop="c", n=2)
+        assert [*server.engine.natural.values()] == [True, True]
+        server.engine.stuck = True
+        server.post("/v1/completions", {"prompt": "x", "timeout_s": 0.1})
+        assert [*server.engine.natural.values()] == [True, True, False]
+
+
 def test_stop_strings_wait_for_min_tokens(server: Running) -> None:
     choice = server.complete(max_tokens=30, stop="c", min_tokens=5)["choices"][0]
     assert choice["text"] == "abcdefghijklmnopqrstuvwxyzab"
