@@ -269,7 +269,7 @@ def test_a_common_prefix_is_computed_by_one_and_awaited_by_the_others(build):
 
     core.runner.execute = counting
     heard = run(core, *asked())
-    assert core.scheduler._places.num_parked > 0
+    assert core.scheduler._places.num_parkings > 0
     assert {key: one.logprobs for key, one in heard.items()} == {k: one.logprobs for k, one in alone.items()}
     # 96 once, then 2 of the prompt and 8 of the output for each: the ninth is not computed.
     assert num_computed == 96 + 6 * (2 + 8)
