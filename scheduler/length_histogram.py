@@ -20,6 +20,7 @@ PRIOR_MEDIAN, PRIOR_SIGMA = 150.0, 1.2  # log-normal, as of chat: mean 300 token
 _NUM_EXACT, _RATIO = 16, 1.12
 _GROWTH = 2.0 ** (1.0 / HALF_LIFE)
 _LARGEST_UNIT = 1e12
+MAX_WEIGHT = 1.001 / (1.0 - 1.0 / _GROWTH)  # of all counts ever, saved ones (which are rounded) included
 
 
 def _make_edges() -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from scheduler.gittins import GittinsIndex
-from scheduler.length_histogram import EDGES, PRIOR, Histogram
+from scheduler.length_histogram import EDGES, MAX_WEIGHT, PRIOR, Histogram
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,17 +190,16 @@ def _entry_from_json(entry: object) -> tuple[str, int, Histogram]:
         raise ValueError("a histogram is of no tenant or class")
     if not (0 <= number < NUM_CLASSES or (number == ALL and not tenant)):
         raise ValueError(f"there is no class {number}")
-    return (
-        tenant,
-        number,
-        Histogram(_counts_from_json(entry.get("ended")), _counts_from_json(entry.get("cut"))),
-    )
+    histogram = Histogram(_counts_from_json(entry.get("ended")), _counts_from_json(entry.get("cut")))
+    if histogram.weight > MAX_WEIGHT:  # beside it the prior would vanish in rounding errors
+        raise ValueError(f"a histogram weighs {histogram.weight:.4g}")
+    return tenant, number, histogram
 
 
 def _counts_from_json(counts: object) -> list[float]:
     if not isinstance(counts, list) or len(counts) != len(EDGES):
         raise ValueError("a histogram has not one count per bin")
     for count in counts:
-        if not isinstance(count, int | float) or not 0.0 <= count < 1e9:
+        if not isinstance(count, int | float) or not 0.0 <= count <= MAX_WEIGHT:
             raise ValueError(f"a count is {count!r}")
     return [float(count) for count in counts]

@@ -29,7 +29,7 @@ def make_policy(config: SchedulerConfig, costs: CostModel, clock: Clock, lengths
     match config.policy:
         case "mlfq":
             return LearnedFeedbackQueue(
-                costs, chunk, places, config.head_start_gamma, config.max_head_start_s, clock, lengths
+                costs, chunk, places, config.head_start_gamma, config.max_head_start_s, lengths
             )
         case "mlfq-static":
             return StaticFeedbackQueue(

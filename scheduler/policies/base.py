@@ -1,8 +1,10 @@
 """The interface of an order of service.
 
 Every policy is a multi-level queue: a sequence has a level, within a level the earliest arrival is first,
-and `key` says which of the levels' first ones goes first. A level changes only when the sequence is
-served; the key of a level may change at any time (a ratio that grows with waiting, a knob that adapts).
+and `key` says which of the levels' first ones goes first. A sequence gets its level when it comes, and
+another one when it was served, or when pages that it was parked for have come or will not: while it waits
+in the queue its level stays, whatever is learned meanwhile. The key of a level may change at any time (a
+ratio that grows with waiting, a knob that adapts).
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Policy(Protocol):
 
     @property
     def max_head_start_s(self) -> float:
-        """Nobody is overtaken by someone of the same tenant who arrived later by more than this."""
+        """Nobody in the queue is overtaken by someone of the same tenant who arrived later by more than
+        this, but for one that was put aside for too long."""
         ...
 
     @property
@@ -88,12 +91,12 @@ class Policy(Protocol):
         ...
 
     def level(self, work: Work) -> int:
-        """Where the sequence belongs now. The lower, the sooner it is served."""
+        """Where the sequence belongs now, asked before it entered too. Of equal arrivals the lower is first."""
         ...
 
     def next_change(self, work: Work) -> float:
         """For a sequence that only decodes: the `num_output` from which its level may be another
-        (more than it has now; infinity if never). Until then nobody needs to ask."""
+        (more than it has now; infinity if never). Until then nobody asks, so it may come a little late."""
         ...
 
     @property
@@ -106,6 +109,6 @@ class Policy(Protocol):
         ...
 
     def learn(self, work: Work, natural: bool) -> None:
-        """A sequence ended. `natural`: its model ended it; else it was cut (a limit, an abort), and
-        would have been longer."""
+        """A sequence ended. `natural`: its text ended by itself (a stop token, a stop string); else it
+        was cut (a limit, a client that left), and would have been longer."""
         ...

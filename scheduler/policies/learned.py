@@ -23,7 +23,6 @@ from scheduler.lengths import Lengths
 from scheduler.policies.tail import TailRate
 
 if TYPE_CHECKING:
-    from scheduler.clock import Clock
     from scheduler.costs import CostModel
     from scheduler.policies.base import Work
 
@@ -46,13 +45,12 @@ class LearnedFeedbackQueue:
         places: int,
         gamma: float,
         max_head_start_s: float,
-        clock: Clock,
         lengths: Lengths,
     ) -> None:
         """`chunk`: tokens of a step; `places`: sequences of a step; `gamma` per second, 0 = adapted."""
         self.max_head_start_s = max_head_start_s
         self._costs, self._chunk, self._places = costs, chunk, places
-        self._clock, self._lengths = clock, lengths
+        self._lengths = lengths
         self._num_live, self._live_s = 0, 0.0  # sequences here, and the service they were expected to need
         self._lowest_s = self._token_s(0)  # of w; level 1 begins above it
         prefill_s, token_s = costs.prefill(0, TYPICAL_PROMPT, chunk, places), self._token_s(TYPICAL_PROMPT)

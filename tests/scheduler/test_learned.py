@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.clock import ManualClock
 from scheduler.costs import CostModel
 from scheduler.length_histogram import EDGES
 from scheduler.lengths import Lengths
@@ -39,13 +38,10 @@ def queue(
     *,
     costs: CostModel = COSTS,
     gamma: float = 0.1,
-    clock: ManualClock | None = None,
     lengths: Lengths | None = None,
     max_head_start_s: float = MAX_HEAD_START_S,
 ) -> LearnedFeedbackQueue:
-    return LearnedFeedbackQueue(
-        costs, 2048, 64, gamma, max_head_start_s, clock or ManualClock(), lengths or Lengths()
-    )
+    return LearnedFeedbackQueue(costs, 2048, 64, gamma, max_head_start_s, lengths or Lengths())
 
 
 def slower(factor: float) -> CostModel:
@@ -227,16 +223,14 @@ def test_gamma_follows_the_observed_times_and_moves_the_head_starts() -> None:
 
 
 def test_a_given_gamma_stays() -> None:
-    clock = ManualClock(1e6)
-    policy = queue(gamma=0.25, clock=clock)
+    policy = queue(gamma=0.25)
     for _ in range(1000):
         policy.learn(OneWork(num_output=50), natural=True)
     assert policy.gamma == 0.25
 
 
 def test_aborted_ones_do_not_count_as_fast() -> None:
-    clock = ManualClock(100.0)
-    policy = queue(gamma=0.0, clock=clock)
+    policy = queue(gamma=0.0)
     before = policy.gamma
     for _ in range(1000):
         policy.learn(OneWork(num_output=3, fcfs_s=0.01), natural=False)

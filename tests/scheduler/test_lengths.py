@@ -195,6 +195,8 @@ def entry(**changes: object) -> str:
         entry(cut=[float("nan")] * len(EDGES)),
         entry(cut=[float("inf")] * len(EDGES)),
         entry(cut=["1"] * len(EDGES)),
+        entry(ended=[9e8, *[0.0] * (len(EDGES) - 1)]),
+        entry(ended=[300.0] * len(EDGES)),
         entry(tenant=None),
         entry(**{"class": 99}),
         entry(**{"class": "3"}),
@@ -209,6 +211,16 @@ def test_a_damaged_file_is_a_start_from_the_prior_with_a_reason(tmp_path: Path, 
     assert reason is not None
     assert str(path) in reason
     assert loaded.to_json() == Lengths().to_json()
+
+
+def test_what_weighs_most_can_be_saved_and_its_tail_stays_possible(tmp_path: Path) -> None:
+    """Everything alike for longer than the half-life: the prior is as small as it can be."""
+    seen(Lengths(), length=5, count=60_000, tenant="t").save(tmp_path / "lengths.json")
+    loaded, reason = Lengths.load(tmp_path / "lengths.json")
+    assert reason is None
+    index = loaded.index("t", 100)
+    assert index.w(0.0, 200_000, 262_144) > 0.0
+    assert index.mean_left(200_000, 262_144) > 0.0
 
 
 def test_a_folder_in_the_place_of_the_file_is_a_reason(tmp_path: Path) -> None:
