@@ -91,7 +91,7 @@ class Policy(Protocol):
         ...
 
     def level(self, work: Work) -> int:
-        """Where the sequence belongs now; asked before it entered, too. The lower, the sooner it is served."""
+        """Where the sequence belongs now; asked before it entered too. The lower, the sooner it is served."""
         ...
 
     def next_change(self, work: Work) -> float:
