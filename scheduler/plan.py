@@ -155,7 +155,6 @@ class TierStats:
     num_used: int  # hold content that can be found
     num_busy: int  # at an end of a copy in flight
     num_in: int  # pages that arrived
-    num_failed: int  # copies to it that failed
 
 
 @dataclass(frozen=True, slots=True)

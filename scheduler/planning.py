@@ -2,35 +2,40 @@
 
 A plan is made in three rounds:
 
-1. Seats. Under a preemptive policy, waiting sequences that precede a running one take a place, and if
-   need be the places and pages of those behind them.
-2. Shares. The token budget is dealt out: to sequences with few tokens left first, so that a decode
-   never waits for someone's chunk; what remains goes to chunks in policy order. The first sequence
-   of the order is sure of a part. Then pages are provided strictly in policy order; when none is
-   left, somebody behind is preempted. It has no slice yet, for slices are made from the front.
-3. Leftovers. If tokens, places and pages are left, waiting sequences are admitted in policy order,
-   only as many as get tokens now.
+1. Seats. Under a preemptive policy, waiting sequences that precede a running one take a place, and if need
+   be the places and pages of those behind them.
+2. Shares. The token budget is dealt out: to sequences with few tokens left first, so that a decode never
+   waits for someone's chunk; what remains goes to chunks in policy order. The first sequence of the order is
+   sure of a part. Then pages are provided strictly in policy order; when none is left, somebody behind is
+   preempted. It has no slice yet, for slices are made from the front.
+3. Leftovers. If nobody was preempted, and tokens, places and pages are left beyond the reserve and what those
+   who run are expected to grow into, waiting sequences are admitted in policy order.
 
-Before a sequence is seated it is parked if what it needs is on its way: a common prefix that somebody
-ahead of it computes just now, or pages that lie in a lower tier and come up faster than they would be
-computed. Who has no place for want of pages is a victim: the lowest level gives way first, in it the
-one that is cheapest to restore. Being restored costs time, so a victim must come later than its
-beneficiary by more than that. Few may be put aside for others at a time, and who was for too long
-(`max_pause_s`) has the next place that comes free; till then nobody displaces anybody, so pauses stay short.
-It displaces somebody who is not overdue himself only if that is cheap to restore: else where pages are few
-each one put aside would put aside the next, and the machine would compute the same tokens over and over.
+Before a sequence is seated it is parked if what it needs is on its way: a common prefix that somebody ahead
+of it computes just now, or pages that lie in a lower tier, come up faster than they would be computed, and
+have room.
 
-Why somebody always gets on. Let F be the first of the order among the running. Round 2 gives F at
-least one token, and everyone else's pages if F needs them; `Scheduler.add` refuses what does not fit
-the pool alone, and `apply` ends a sequence whose window does not. So F is never preempted by someone
-behind it and computes in every plan, but for one whose pages a copy in flight still holds; copies end
-by themselves. Orders change only with service; in between, of two sequences only the later one is
-ever preempted for the other. So F's turn ends after finitely many steps, and there are finitely many
-turns before any given sequence: who arrived later by more than the largest head start never comes
-before it. With an order that is not preemptive, a waiting sequence that precedes all running ones stops
-admissions, the running ones end, and it is seated. If nobody runs, the first waiting one is seated in
-round 3: alone it fits. Who is parked waits for somebody ahead of it who runs, or for copies; it fetches
-again only if it found more than before. No deadlock, no livelock.
+Victims. For a place the last of the order goes; for pages one of the lowest level, the cheapest to restore
+among its last ones. In round 1 a victim must come later than its beneficiary by more than restoring it
+takes, and few may be put aside at a time. Who was for too long (`max_pause_s`) has the next place that
+comes free, and till then nobody else takes one, so pauses stay short. It displaces somebody who is not
+overdue himself only if that is cheap to restore: else where pages are few each one put aside would put
+aside the next, and the machine would compute the same tokens over and over.
+
+Why somebody always gets on. Let F be the first of the order among the running. Round 2 gives F at least one
+token, and everyone else's pages if F needs them; `Scheduler.add` refuses what does not fit the pool alone,
+and `apply` ends a sequence whose window does not. So F is never preempted by someone behind it and computes
+in every plan, but for one whose pages a copy in flight still holds; copies end by themselves. Of two
+sequences only the later one is ever preempted for the other, so while the order stands F's turn ends after
+finitely many steps. The order changes with service, of which there is a finite amount, when one becomes
+overdue, which happens once to each, and with the policy's knob, which moves ever less often than requests
+end. Within a tenant who arrived later by more than the largest head start never comes first, so there are
+finitely many turns before any given sequence; where the head start is unbounded (`priority`, `srpt`) one may
+starve, but the machine never stands still. With an order that is not preemptive, a waiting sequence that
+precedes all running ones stops admissions, the running ones end, and it is seated. If nobody runs, the first
+waiting one is seated in round 3: alone it fits. Who is parked waits for one who ran ahead of it when it was
+parked and who computes or lets it go, or for copies; it fetches again only if it found more than before. No
+deadlock, no livelock.
 """
 
 from __future__ import annotations

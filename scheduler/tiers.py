@@ -40,7 +40,6 @@ class LowerTier:
         self.arriving: set[bytes] = set()
         self.reading: dict[bytes, int] = {}  # content that a copy reads: not to be evicted
         self.num_in = 0  # pages that arrived, since the start
-        self.num_failed = 0
 
     def has(self, key: bytes) -> bool:
         return key in self.page_of
@@ -73,7 +72,6 @@ class LowerTier:
             self.num_in += 1
         else:
             self.free.append(page)
-            self.num_failed += 1
 
     def stats(self) -> TierStats:
         return TierStats(
@@ -82,7 +80,6 @@ class LowerTier:
             num_used=len(self.page_of),
             num_busy=len(self.arriving) + len(self.reading),
             num_in=self.num_in,
-            num_failed=self.num_failed,
         )
 
 

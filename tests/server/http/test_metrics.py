@@ -144,7 +144,7 @@ def test_the_schedulers_stats_are_shown_under_their_names() -> None:
         backlog_s=2.5,
         head_start_gamma=0.5,
         levels=(LevelStats(3, 1, 2, 3, 4, 5, 6, 7, 8.5),),
-        tiers=(TierStats(Tier.HOST, 50, 10, 4, 12, 0), TierStats(Tier.DISK, 9, 8, 2, 13, 0)),
+        tiers=(TierStats(Tier.HOST, 50, 10, 4, 12), TierStats(Tier.DISK, 9, 8, 2, 13)),
     )
     metrics = Metrics("m")
     metrics.on_step(StepOutput((), stats, step_time_ratio=1.25))
