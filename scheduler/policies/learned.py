@@ -24,6 +24,7 @@ from scheduler.policies.tail import TailRate
 
 if TYPE_CHECKING:
     from scheduler.costs import CostModel
+    from scheduler.gittins import GittinsIndex
     from scheduler.policies.base import Work
 
 NUM_LEVELS = 40  # the lowest begins at about 700,000 output tokens
@@ -72,7 +73,8 @@ class LearnedFeedbackQueue:
 
     def w(self, work: Work) -> float:
         """Seconds of service that it is expected to cost per chance of ending."""
-        return self._w(work, work.num_left, work.num_output)
+        index = self._lengths.index(work.tenant, work.prompt_len)
+        return self._w(work, index, work.num_left, work.num_output)
 
     def enter(self, work: Work) -> None:
         """Under first come first served it would wait for what all others are expected to need."""
@@ -101,7 +103,7 @@ class LearnedFeedbackQueue:
             if edge is None or edge >= work.max_output:
                 return math.inf
             ahead = edge
-            if self._level_of(self._w(work, 0, ahead)) != work.level:
+            if self._level_of(self._w(work, index, 0, ahead)) != work.level:
                 break
         return ahead
 
@@ -110,7 +112,8 @@ class LearnedFeedbackQueue:
 
     def learn(self, work: Work, natural: bool) -> None:
         if self._tail and (natural or work.num_output >= work.max_output):
-            w_on_arrival = self._w(work, num_left=work.prompt_len, num_output=0)
+            index = self._lengths.index(work.tenant, work.prompt_len)
+            w_on_arrival = self._w(work, index, num_left=work.prompt_len, num_output=0)
             if self._tail.add(work.fcfs_s, w_on_arrival, work.attained_s):
                 self._use(self._tail.gamma)
         self._lengths.observe(work.tenant, work.prompt_len, work.num_output, natural)
@@ -119,11 +122,10 @@ class LearnedFeedbackQueue:
         doublings = math.log2(max(w / self._lowest_s, 1.0))
         return min(int(doublings * LEVELS_PER_DOUBLING), NUM_LEVELS - 1)
 
-    def _w(self, work: Work, num_left: int, num_output: int) -> float:
+    def _w(self, work: Work, index: GittinsIndex, num_left: int, num_output: int) -> float:
         context = work.prompt_len + num_output
         token_s = self._token_s(context)
         prefill_s = self._prefill_s(context, num_left)
-        index = self._lengths.index(work.tenant, work.prompt_len)
         return token_s * index.w(prefill_s / token_s, num_output, work.max_output)
 
     def _prefill_s(self, context: int, num_left: int) -> float:
