@@ -247,12 +247,13 @@ class EngineProcess:
             self._socket.setsockopt(zmq.LINGER, 0)
             self._socket.bind(f"ipc://{self._path()}")
             status = await self._serve_one(self._socket)
-            self.ready = None
+            was_ready, self.ready = self.ready is not None, None
             self._fail_inspections()
             self._close_socket()
             if (cause := self._fatal_cause(status)) is not None:
                 return cause
-            self._give_up_stuck_requests()
+            if was_ready:  # else it was given no request
+                self._give_up_stuck_requests()
             self.num_restarts += 1
             logger.error(
                 "engine died status=%s restart=%d requests=%d", status, self.num_restarts, len(self._entries)
@@ -372,10 +373,11 @@ class EngineProcess:
                 answer.set_exception(EngineDead("the engine was lost before it answered"))
 
     def _give_up_stuck_requests(self) -> None:
-        """A request that got nowhere before two deaths in a row may be what kills the engine."""
-        for request_id, (entry, sink) in list(self._entries.items()):
-            if not entry.begun:
-                continue  # it only waited
+        """A request that got nowhere before two deaths in a row may be what kills the engine. Those that only
+        waited are not blamed, unless nobody did more: then it died before it could say of whom."""
+        begun = [request_id for request_id, (entry, _) in self._entries.items() if entry.begun]
+        for request_id in begun or list(self._entries):
+            entry, sink = self._entries[request_id]
             entry.deaths_without_progress += 1
             if entry.deaths_without_progress >= MAX_DEATHS_WITHOUT_PROGRESS:
                 del self._entries[request_id]

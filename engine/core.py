@@ -36,9 +36,8 @@ class EngineCore:
         self.runner = runner
         self.vocab_size = vocab_size
         self.copier = copier  # None: there is no tier below the device
-        self.on_begun: Callable[[tuple[str, ...]], None] | None = (
-            None  # hears of requests before they compute
-        )
+        # Hears of requests before anything of them is computed.
+        self.on_begun: Callable[[tuple[str, ...]], None] | None = None
         self.step_times = StepTimes(scheduler.costs)
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0

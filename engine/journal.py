@@ -34,12 +34,13 @@ class JournalEntry:
         """Take an output into account -> what the stream should hear of it, or None."""
         if output.index not in self.live:
             return None
-        self.deaths_without_progress = 0
         self.delivered[output.index].extend(output.tokens)
         if output.finish is not None:
             self.live.discard(output.index)
         if output.prompt_logprobs:
             output = self._without_repeats(output)
+        if output.tokens or output.prompt_logprobs or output.finish is not None:
+            self.deaths_without_progress = 0
         return output
 
     def replay(self) -> list[Submit | Abort]:

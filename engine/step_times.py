@@ -20,7 +20,7 @@ class StepTimes:
         self._costs = costs
 
     def note(self, plan: StepPlan, seconds: float) -> None:
-        if plan.step % LOOK_EVERY != 1:  # the first step is looked at
+        if plan.step % LOOK_EVERY:  # nor at the first one, which loads kernels
             return
         predicted_s = self._costs.step((piece.start, len(piece.tokens)) for piece in plan.slices)
         if predicted_s > 0:

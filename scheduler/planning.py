@@ -18,9 +18,9 @@ have room.
 Victims. For a place the last of the order goes; for pages one of the lowest level, the cheapest to restore
 among its last ones. In round 1 a victim must come later than its beneficiary by more than restoring it
 takes, and few may be put aside at a time. Who was for too long (`max_pause_s`) has the next place that
-comes free, and till then nobody else takes one, so pauses stay short. It displaces somebody who is not
-overdue himself only if that is cheap to restore: else where pages are few each one put aside would put
-aside the next, and the machine would compute the same tokens over and over.
+comes free, so pauses stay short. It displaces others, who are not overdue, only if they are cheap to
+restore: else where pages are few each one put aside would put aside the next, and the machine would compute
+the same tokens over and over.
 
 Why somebody always gets on. Let F be the first of the order among the running. Round 2 gives F at least one
 token, and everyone else's pages if F needs them; `Scheduler.add` refuses what does not fit the pool alone,
@@ -97,7 +97,11 @@ class Planner:
             return ranked
         behind = ranked
         claimed = 0
-        while claimed < self._budget and behind and (sequence := self._next()) is not None:
+        past_overdue = False  # nobody makes room for them: places that come free are theirs
+        while claimed < self._budget and behind and not (past_overdue and not places.is_full):
+            sequence = self._next(past_overdue=past_overdue)
+            if sequence is None:
+                break
             order = places.order(sequence)
             if behind[-1].order < order:
                 break
@@ -105,6 +109,9 @@ class Planner:
             if self._waits_for_another(sequence, len(found)):
                 continue
             victims = self._victims(sequence, order, found, behind)
+            if victims is None and sequence.is_overdue:
+                past_overdue = True
+                continue
             if victims is None:
                 break
             if victims and victims[-1][0] == "place" and self._fetches(sequence, found):
@@ -128,6 +135,7 @@ class Planner:
         allowed = self._max_aside - len(places.aside)
         victims: list[tuple[str, Sequence]] = []
         left = list(behind)
+        cost_s = 0.0
         spare: int | None = None  # looked at when there is a place: it takes a walk
         while True:
             reason = "place"
@@ -143,7 +151,8 @@ class Planner:
             victim, restore_s = self._choose(left, cheapest=reason == "pages")
             if not order[0] + restore_s < victim.order[0]:
                 return None
-            if sequence.is_overdue and restore_s > self._overdue_may_cost_s:
+            cost_s += restore_s
+            if sequence.is_overdue and cost_s > self._overdue_may_cost_s:
                 return None
             left.remove(victim)
             victims.append((reason, victim))
@@ -279,13 +288,13 @@ class Planner:
 
     # Seating
 
-    def _next(self) -> Sequence | None:
+    def _next(self, *, past_overdue: bool = False) -> Sequence | None:
         """Whose turn it is. With many parked, nobody's: they come first, and they wait for those who run or
         for copies, which end."""
         places = self._places
         if len(places.parked) >= PARKED_PER_PLACE * places.max_num_seqs:
             return None
-        return places.waiting.first()
+        return places.waiting.first(past_overdue=past_overdue)
 
     def _ready(self, sequence: Sequence) -> list[int] | None:
         """The pages found for the first of the queue; None: it is parked until there are more."""
@@ -374,8 +383,8 @@ class Planner:
 
 
 def overdue_may_cost_s(max_pause_s: float, num_places: int) -> float:
-    """What it may cost to restore one whom an overdue sequence displaces. In each `max_pause_s` as many
-    become overdue as may be put aside."""
+    """What it may cost to restore all whom one overdue sequence displaces. In each `max_pause_s` about as
+    many become overdue as may be put aside."""
     return max_pause_s / max(1, num_places // ASIDE_SHARE) / OVERDUE_COST_SHARE
 
 

@@ -394,7 +394,8 @@ class Scheduler:
         self._places.leave(sequence)
         has_waited = self._backlog.remove(sequence) and sequence not in choices.held_back
         self._tenants.leave(sequence.request.tenant)
-        if has_waited and finish in _LEARNT_FROM:
+        ended_before = sequence.request.readmitted and sequence.first_scheduled_s is None
+        if has_waited and finish in _LEARNT_FROM and not ended_before:
             natural = natural or finish is FinishReason.STOP
             if self._policy.lengths is None:
                 self.lengths.observe(sequence.tenant, sequence.prompt_len, sequence.num_output, natural)

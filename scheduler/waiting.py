@@ -112,8 +112,9 @@ class WaitingQueue:
         for level in self._levels.values():
             level.refresh(tenant, may_run)
 
-    def first(self) -> Sequence | None:
-        if len(self._overdue) and (overdue := self._first_overdue()) is not None:
+    def first(self, *, past_overdue: bool = False) -> Sequence | None:
+        """Whose turn it is, or whose it were without the overdue ones."""
+        if len(self._overdue) and not past_overdue and (overdue := self._first_overdue()) is not None:
             return overdue
         level = self._first_level()
         if level is None:

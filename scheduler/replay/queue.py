@@ -35,7 +35,9 @@ class Queue:
         self._pinned.discard(job.number)
         self._ranking.remove(job)
 
-    def peek(self) -> Job | None:
+    def peek(self, *, past_pinned: bool = False) -> Job | None:
+        if past_pinned:
+            return self._ranking.peek()
         heap = self._pinned_heap
         while heap and heap[0] not in self._pinned:
             heappop(heap)

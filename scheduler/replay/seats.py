@@ -125,7 +125,11 @@ class Seats:
 
     def _seat_those_ahead(self) -> None:
         claimed = 0
-        while claimed < self._budget and (job := self._waiting.peek()) is not None:
+        past_pinned = False  # nobody makes room for them: places that come free are theirs
+        while claimed < self._budget and not (past_pinned and not self._is_full):
+            job = self._waiting.peek(past_pinned=past_pinned)
+            if job is None:
+                return
             last = self._leavable.peek()
             if last is None:
                 return
@@ -133,6 +137,9 @@ class Seats:
             if self._rank(last) < self._rank(job):
                 return
             victims = self._victims(job)
+            if victims is None and job.pinned:
+                past_pinned = True
+                continue
             if victims is None:
                 return
             for victim in victims:
@@ -151,13 +158,18 @@ class Seats:
         not make the room."""
         victims: list[Job] = []
         pages = 0
+        cost_s = 0.0
         allowed = max(1, self._places // ASIDE_SHARE) - self._num_aside
         while not self._fits(job, victims, pages):
             last = self._leavable.peek()
             if last is None or (len(victims) >= allowed and not job.pinned):
                 break
             self._looked_at.add(last.number)
-            if not self._may_displace(job, last):
+            restore_s = self._restore_s(last, job)
+            cost_s += restore_s
+            if job.pinned and cost_s > self._overdue_may_cost_s:
+                break
+            if not self._key(job) + restore_s < self._key(last):
                 break
             victims.append(last)
             pages += self.memory.pages_for(self._known_by(last))
@@ -167,12 +179,6 @@ class Seats:
         for victim in victims:
             self._leavable.add(victim)
         return None
-
-    def _may_displace(self, job: Job, victim: Job) -> bool:
-        restore_s = self._restore_s(victim, job)
-        if job.pinned and restore_s > self._overdue_may_cost_s:
-            return False
-        return self._key(job) + restore_s < self._key(victim)
 
     def _restore_s(self, victim: Job, job: Job) -> float:
         """What it would cost to bring the victim back: a page of tokens again, and the rest of its pages from

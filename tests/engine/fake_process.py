@@ -62,6 +62,10 @@ def main(path: str, config_json: str) -> None:
     send(Ready(100, 50, 16, 10, 1, "float32", "cpu", ()))
     if word == "garbage":
         socket.send(b"\xc1 not a message")
+    if word == "crash":  # before it can say of whom
+        while not isinstance(msgspec.msgpack.decode(socket.recv(), type=ToEngine), Submit):
+            pass
+        os._exit(9)
     serve(socket, send, die_after=int(argument) if word == "die" else None, silent=word == "silent")
 
 

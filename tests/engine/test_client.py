@@ -117,6 +117,22 @@ async def test_a_request_that_only_waited_is_not_blamed(make):
         assert poison.outputs[-1].finish is FinishReason.ERROR
 
 
+async def test_a_request_that_kills_engines_before_they_can_say_so_is_given_up(make):
+    async with started(make("crash,crash,serve")) as client:
+        poison = Stream(client)
+        await asyncio.wait_for(poison.ended.wait(), 10)
+        assert poison.outputs[-1].finish is FinishReason.ERROR
+        assert await Stream(client, "next").tokens() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_a_process_that_was_never_ready_is_nobodys_fault(make):
+    async with started(make("die:2,exit,serve")) as client:
+        stream = Stream(client)
+        assert await stream.tokens() == [0, 1, 2, 3, 4, 5]
+        assert stream.outputs[-1].finish is FinishReason.LENGTH
+        assert client.num_restarts == 2
+
+
 async def test_deaths_during_a_restart_count_like_any_other(make):
     async with started(make("die:1,exit,exit,serve")) as client:
         # Two deaths without a token of it: it must have made progress to survive them.

@@ -127,10 +127,14 @@ def test_lengths_are_learned_from_a_text_that_ended_and_bounded_by_one_that_was_
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "mlfq"])
-def test_nothing_is_learned_from_a_choice_that_was_held_back(policy: str) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_nothing_is_learned_again_from_a_choice_that_ended_before_the_engine_did(
+    policy: str, index: int
+) -> None:
     driver = Driver(policy=policy, num_pages=64)
-    driver.add(request("a", num_choices=2, delivered=((), (TOKEN, TOKEN)), readmitted=True, max_tokens=9))
-    driver.scheduler.abort("a", 1, natural=True)
+    delivered = ((TOKEN, TOKEN), (TOKEN, TOKEN))
+    driver.add(request("a", num_choices=2, delivered=delivered, readmitted=True, max_tokens=9))
+    driver.scheduler.abort("a", index, natural=True)
     assert driver.scheduler.lengths._shared[ALL].num_seen == 0
 
 

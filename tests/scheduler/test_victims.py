@@ -135,6 +135,37 @@ def test_who_is_overdue_waits_for_a_place_where_restoring_costs_much() -> None:
     assert ran == ["urgent0.0"] * 3 + ["low.0"] * 4
 
 
+def test_others_go_past_one_who_is_overdue_to_places_that_are_not_free() -> None:
+    """Its own turn comes when a place is free; nobody else takes that one."""
+    driver = _driver(max_num_seqs=16, num_pages=200, max_num_batched_tokens=1024, max_pause_s=0.5)
+    driver.add(request("low", 20, max_tokens=9, priority=9))
+    driver.step()
+    driver.add(*(request(f"middle{n}", 20, max_tokens=30, priority=5, arrival_s=1.0) for n in range(16)))
+    assert "low.0" not in driver.step()
+    driver.clock.advance(1.0)
+    driver.add(request("high", 4, max_tokens=2, priority=0, arrival_s=2.0))
+    steps = [driver.step() for _ in range(3)]
+    assert ["high.0" in step for step in steps] == [True, True, False]
+    assert ["low.0" in step for step in steps] == [False, False, True]
+    assert all("middle15.0" not in step for step in steps), "high has its place, then low"
+
+
+def test_an_overdue_one_displaces_no_more_than_is_cheap_together() -> None:
+    """Each of those behind costs 0.07 s to restore; 10 s / 2 / 50 = 0.1 s may be spent."""
+    driver = _driver(
+        max_model_len=200, num_pages=40, max_num_seqs=16, max_num_batched_tokens=512, max_pause_s=10.0
+    )
+    driver.add(request("big", 100, max_tokens=50, priority=9))
+    driver.step()
+    driver.add(request("urgent", 120, max_tokens=3, priority=0, arrival_s=1.0))
+    driver.step()
+    driver.add(*(request(f"s{n}", 7, max_tokens=50, priority=5, arrival_s=2.0) for n in range(12)))
+    for _ in range(3):
+        driver.step()
+    driver.clock.advance(20.0)
+    assert _victims(driver) == []
+
+
 def test_who_never_had_a_place_does_not_become_overdue() -> None:
     driver = _driver(max_num_seqs=1, max_pause_s=1.0, policy="fcfs")
     driver.add(request("a", max_tokens=30), request("b", max_tokens=3))

@@ -174,24 +174,42 @@ class Naive:
 
     def seat_those_ahead(self) -> None:
         claimed = 0
-        while claimed < self.machine.max_num_batched_tokens and self.waiting():
-            item = self.waiting()[0]
+        stuck = False
+        while claimed < self.machine.max_num_batched_tokens:
+            queue = [item for item in self.waiting() if not (stuck and item.pinned)]
             others = [other for other in self.running() if not other.pinned]
-            if not others or self.rank(others[-1]) < self.rank(item):
+            if not queue or not others or self.rank(others[-1]) < self.rank(queue[0]):
                 return
-            victims: list[Item] = []
-            aside = sum(other.is_aside for other in self.items)
-            allowed = max(1, self.machine.max_num_seqs // ASIDE_SHARE) - aside
-            while not self.fits(item, victims):
-                if len(victims) >= allowed and not item.pinned:
-                    return
-                if not others or not self.may_displace(item, others[-1]):
-                    return
-                victims.append(others.pop())
+            if stuck and len(self.seated()) < self.places:
+                return
+            victims = self.victims(queue[0], others)
+            if victims is None and not queue[0].pinned:
+                return
+            if victims is None:
+                stuck = True
+                continue
             for victim in victims:
                 self.put_aside(victim)
                 self.preempted_for_place += 1
-            claimed += self.seat(item)
+            claimed += self.seat(queue[0])
+
+    def victims(self, item: Item, others: list[Item]) -> list[Item] | None:
+        victims: list[Item] = []
+        most_aside = max(1, self.machine.max_num_seqs // ASIDE_SHARE)
+        allowed = most_aside - sum(other.is_aside for other in self.items)
+        total = 0.0
+        while not self.fits(item, victims):
+            if not others or (len(victims) >= allowed and not item.pinned):
+                return None
+            victim = others.pop()
+            cost = self.restoring(victim, item)
+            total += cost
+            if item.pinned and total > seconds(self.max_pause) / most_aside / OVERDUE_COST_SHARE:
+                return None
+            if not self.key(item) + cost < self.key(victim):
+                return None
+            victims.append(victim)
+        return victims
 
     def fits(self, item: Item, victims: Sequence[Item] = ()) -> bool:
         left = [other for other in self.seated() if other not in victims]
@@ -199,7 +217,7 @@ class Naive:
         margin = len(left) + 1 if left else 0
         return len(left) < self.places and held + self.pages(item.known) + margin <= self.machine.num_pages
 
-    def may_displace(self, item: Item, victim: Item) -> bool:
+    def restoring(self, victim: Item, item: Item) -> float:
         size = self.machine.page_size
         pages = (victim.known - 1) // size
         cost = self.costs.charge(pages * size, size)
@@ -210,10 +228,7 @@ class Naive:
             elif pages <= self.disk_free():
                 again = min(again, pages * max(self.costs.host_page, self.costs.disk_page))
             cost += again
-        most_aside = max(1, self.machine.max_num_seqs // ASIDE_SHARE)
-        if item.pinned and seconds(cost) * most_aside > seconds(self.max_pause) / OVERDUE_COST_SHARE:
-            return False
-        return self.key(item) + seconds(cost) < self.key(victim)
+        return seconds(cost)
 
     def admit(self) -> None:
         left = self.machine.max_num_batched_tokens
