@@ -210,7 +210,7 @@ _BUGS = [
     (Scheduler, "_end_all", _forget_the_held_back),
     (Scheduler, "_take_ended_at_once", _report_twice),
     (Scheduler, "_make_choices", _lose_what_was_delivered),
-    (planning, "_portion", _split_windows),
+    (planning, "portion", _split_windows),
     (Planner, "_provide", _take_from_those_ahead),
     (Places, "by_policy", _preempt_the_first),
     (Places, "unpark", _never_unpark),
