@@ -34,8 +34,10 @@ DEVICE_BUDGET_S: Final = 2.0  # the first step of each shape loads its kernels
 MAX_ROUNDS: Final = 3  # the fastest of so many counts: what disturbs a step makes it slower
 CPU_PAGES: Final = 16  # touching memory first takes longer than a step, and it stays taken
 DEVICE_PAGES: Final = 4096  # enough that contexts do not lie in its caches
-# Kinds of steps: one more than the fit has constants. Fewer tell only how fast the machine is.
-MIN_KINDS: Final = len(FITTED) + 1
+# Kinds of steps. Few tell only how fast the machine is; to fit each constant takes more than there are, or
+# the fit follows the noise (with 6 kinds on 2 cores: off by 0 %, and a slice for nothing).
+MIN_KINDS: Final = 4
+MIN_KINDS_TO_FIT: Final = len(FITTED) + 3
 MAX_USUAL_ERROR: Final = 0.3  # relative, of the median step; above it the machine was busy elsewhere
 
 # The shape of the costs, which the samples scale: a small model on two CPU cores.
@@ -126,7 +128,7 @@ def _samples(fastest: dict[Slices, float]) -> list[Sample]:
 
 
 def _calibration(samples: list[Sample], seconds: float) -> Calibration:
-    costs = fit(samples, PRIOR) if len(samples) >= MIN_KINDS else scaled(samples, PRIOR)
+    costs = fit(samples, PRIOR) if len(samples) >= MIN_KINDS_TO_FIT else scaled(samples, PRIOR)
     usual_error = relative_error(samples, costs) if samples else 0.0
     steady = len(samples) >= MIN_KINDS and usual_error <= MAX_USUAL_ERROR
     return Calibration(costs, len(samples), seconds, usual_error, steady)

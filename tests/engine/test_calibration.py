@@ -12,13 +12,15 @@ import torch
 import engine.calibration
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
-from engine.calibration import PRIOR, calibrate, probe_steps
+from engine.calibration import PRIOR, Calibration, calibrate, probe_steps
 from engine.kv_storage import KVStorage
 from engine.models.transformer import Transformer
+from scheduler.fitting import FITTED
 from tests.engine.tiny import CPU, TINY, random_weights
 
 if TYPE_CHECKING:
     from cuda_kernels.ops import Operations
+    from scheduler.costs import CostModel
 
 MAX_SEQS, MAX_TOKENS = 16, 64
 
@@ -85,20 +87,35 @@ def test_a_step_that_fails_leaves_an_estimate_and_nothing_else(monkeypatch: pyte
     assert parts.is_empty
 
 
-@pytest.mark.parametrize(("count", "steady"), [(5, False), (6, True)])
-def test_a_fit_wants_one_kind_of_steps_more_than_it_has_constants(
-    count: int, steady: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fewer scale the prior, and are not worth keeping: five constants pass through any five times."""
+def told(count: int, truth: CostModel, monkeypatch: pytest.MonkeyPatch) -> Calibration:
+    """What `count` kinds of steps tell, each of which takes exactly as long as `truth` says."""
     parts = Parts()
-    truth = replace(PRIOR, step_s=0.08, token_s=0.0001)
     few = probe_steps(MAX_SEQS, MAX_TOKENS, TINY.max_positions)[:count]
     monkeypatch.setattr(engine.calibration, "probe_steps", lambda *limits: few)
     monkeypatch.setattr(engine.calibration._StepStopwatch, "time", lambda self, slices: truth.step(slices))
     found = calibrate(parts.model, parts.storage, parts.batches, MAX_SEQS, MAX_TOKENS, budget_s=60.0)
-    assert (found.num_steps, found.steady) == (count, steady)
+    assert found.num_steps == count
+    return found
+
+
+@pytest.mark.parametrize(("count", "is_fitted"), [(3, False), (7, False), (8, True)])
+def test_a_fit_wants_some_kinds_of_steps_more_than_it_has_constants(
+    count: int, is_fitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer scale the prior: five constants pass through any five times, noise and all."""
+    found = told(count, replace(PRIOR, step_s=0.08, token_s=0.0001), monkeypatch)
     is_scaled = found.costs.step_s / found.costs.token_s == pytest.approx(PRIOR.step_s / PRIOR.token_s)
-    assert is_scaled is not steady
+    assert is_scaled is not is_fitted
+
+
+@pytest.mark.parametrize(("count", "steady"), [(3, False), (4, True)])
+def test_how_fast_a_machine_of_the_usual_shape_is_four_kinds_tell(
+    count: int, steady: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = replace(PRIOR, **{name: 2 * getattr(PRIOR, name) for name in FITTED})
+    found = told(count, half, monkeypatch)
+    assert found.steady is steady
+    assert found.costs.step_s == pytest.approx(half.step_s)
 
 
 def test_a_model_without_finite_numbers_leaves_none_behind() -> None:
