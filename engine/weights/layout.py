@@ -24,7 +24,10 @@ class Piece:
 
     `stored` is its name in the checkpoint, `shape` the one it must have there. `arrange` brings what was
     read (widened, in that shape) into the target's order. `module` is the Hugging Face module that the
-    tensor is the weight of, by which adapters name it; "" where no adapter can.
+    tensor is the weight of, by which adapters name it; "" where no adapter can. Adapters' rows have the
+    module's own order, which must be what `arrange` gives.
+
+    A stored tensor that stacks experts fills `row ..` of every `period` rows: of each expert's in the target.
     """
 
     stored: str
@@ -32,6 +35,7 @@ class Piece:
     row: int = 0
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
     module: str = ""
+    period: int = 0  # 0: its rows follow each other
 
 
 @dataclass(frozen=True, slots=True)
