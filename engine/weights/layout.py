@@ -27,7 +27,7 @@ class Piece:
     tensor is the weight of, by which adapters name it; "" where no adapter can. Adapters' rows have the
     module's own order, which must be what `arrange` gives.
 
-    A stored tensor that stacks experts fills `row ..` of every `period` rows: of each expert's in the target.
+    A `stacked` one holds a part of every expert: [E, n, ...], which goes to target[:, row : row + n].
     """
 
     stored: str
@@ -35,7 +35,7 @@ class Piece:
     row: int = 0
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
     module: str = ""
-    period: int = 0  # 0: its rows follow each other
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
