@@ -1,8 +1,7 @@
 """The tensors that a transformer computes with, and which stored tensors each of them is made of.
 
 A model's tensors are laid out as the kernels read them: query, key and value rows in one matrix, all
-experts of a layer in one. The loader allocates each of them once and lets every stored tensor fill its
-part: `target[piece.place] = arrange(stored)`.
+experts of a layer in one. The loader allocates each of them once and lets every stored tensor fill its rows.
 """
 
 from __future__ import annotations
@@ -16,26 +15,27 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
-Place = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One stored tensor and the place that it fills: `place` indexes the target; () is all of it.
+    """One stored tensor and the place that it fills: rows `row ..` of the target, seen as a matrix
+    of its last dimension (a vector: seen as a column).
 
     `stored` is its name in the checkpoint, `shape` the one it must have there. `arrange` brings what was
-    read (widened, in that shape) into the target's order; None: it is in that order. `module` is the
-    Hugging Face module that the tensor is the weight of, by which adapters name it; "" where no adapter can.
-    What an adapter adds is [out, in] in Hugging Face's order, which a file need not share:
-    `arrange_adapter` brings that into the target's order.
+    read (widened, in that shape) into the target's order. `module` is the Hugging Face module that the
+    tensor is the weight of, by which adapters name it; "" where no adapter can. Adapters' rows have the
+    module's own order, which must be what `arrange` gives.
+
+    A `stacked` one holds a part of every expert: [E, n, ...], which goes to target[:, row : row + n].
     """
 
     stored: str
     shape: Shape
-    place: Place = ()
+    row: int = 0
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
     module: str = ""
-    arrange_adapter: Callable[[torch.Tensor], torch.Tensor] | None = None
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
