@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
-from cuda_kernels import reference
+from cuda_kernels import experts, reference, reference_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
 
+    from cuda_kernels.experts import ExpertWeights
     from cuda_kernels.slices import SliceTable
 
 # Raise it with every change after which the same tokens may get keys and values of other bits: another kernel
@@ -27,8 +28,20 @@ ARITHMETIC_VERSION: Final = 1
 class AttentionPlan(Protocol):
     """What an implementation prepares once per step and uses in every layer."""
 
-    def __call__(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """query [T, Hq, D]; keys, values [num_pages, Hkv, page_size, D] -> float32 [T, Hq, D]."""
+    def __call__(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [T, Hq, D]; keys, values [num_pages, Hkv, page_size, D] -> float32 [T, Hq, D].
+
+        Scores are `scale` q k, then soft_cap * tanh(score / soft_cap) where a cap is given. `sinks`, float32
+        [Hq], are scores without a value.
+        """
         ...
 
 
@@ -37,12 +50,14 @@ class Operations:
     """One implementation of each operation, for one device. Arguments and results: see `reference`."""
 
     row_multiple: int  # rows of a step are padded to this, so that a row's result never depends on others
-    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    rms_norm: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     write_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     plan_attention: Callable[[SliceTable, int, int, torch.device], AttentionPlan]
-    gated_silu: Callable[[torch.Tensor], torch.Tensor]
+    gated: Callable[[torch.Tensor, str], torch.Tensor]
     linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    route: Callable[[torch.Tensor, int, str], tuple[torch.Tensor, torch.Tensor]]
+    experts: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, ExpertWeights, str], torch.Tensor]
 
 
 def pick(device: torch.device) -> Operations:
@@ -53,7 +68,9 @@ def pick(device: torch.device) -> Operations:
         rms_norm=reference.rms_norm,
         rotary=reference.rotary,
         write_kv=reference.write_kv,
-        plan_attention=reference.ReferenceAttention,
-        gated_silu=reference.gated_silu,
+        plan_attention=reference_attention.ReferenceAttention,
+        gated=reference.gated,
         linear=reference.linear,
+        route=experts.route,
+        experts=experts.experts,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from cuda_kernels.slices import SliceTable
+from engine.models.kv_groups import KVGroup, kv_groups
 from engine.models.transformer import Rows
 from scheduler.types import Visibility
 
@@ -42,6 +43,7 @@ class BatchBuilder:
         device: torch.device,
     ) -> None:
         self.config = config
+        self.groups = kv_groups(config)
         self.ops = ops
         self.page_size = page_size
         self.max_pages = -(-max_model_len // page_size)
@@ -71,14 +73,27 @@ class BatchBuilder:
         lengths = starts + counts
         pages = self._tables[rows_of_tables, : -(-int(lengths.max()) // self.page_size)]
         ends, words = _visibility(slices, slots, first_rows)
-        table = SliceTable(first_rows, counts, lengths, pages, ends, words, self.page_size)
+        positions = np.fromiter(
+            chain.from_iterable(piece.positions for piece in slices), np.int64, len(owner)
+        )
+        config, kv_rows = (
+            self.config,
+            self._kv_rows(pages[owner, slots // self.page_size], slots % self.page_size),
+        )
+        tables = (
+            SliceTable(
+                first_rows, counts, lengths, pages, _starts(group, positions), ends, words, self.page_size
+            )
+            for group in self.groups
+        )
         rows = Rows(
             tokens=self._padded(list(chain.from_iterable(piece.tokens for piece in slices))),
-            positions=self._padded(list(chain.from_iterable(piece.positions for piece in slices))),
+            positions=self._padded(positions.tolist()),
             num_rows=len(owner),
-            kv_rows=self._kv_rows(pages[owner, slots // self.page_size], slots % self.page_size),
-            attention=self.ops.plan_attention(
-                table, self.config.num_heads, self.config.num_kv_heads, self.device
+            kv_rows=(kv_rows,) * len(self.groups),
+            attention=tuple(
+                self.ops.plan_attention(table, config.num_heads, config.num_kv_heads, self.device)
+                for table in tables
             ),
             wanted=self._tensor(_wanted_rows(slices, first_rows)),
         )
@@ -116,6 +131,13 @@ def _wanted_rows(slices: tuple[Slice, ...], first_rows: NDArray[np.int64]) -> ND
         end = first + len(piece.tokens)
         wanted.extend(range(end - piece.num_logits, end))
     return np.array(wanted, dtype=np.int64)
+
+
+def _starts(group: KVGroup, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first slot that each row may see; committed slots are positions."""
+    if group.window:
+        return np.maximum(positions + 1 - group.window, 0)
+    return positions // group.chunk * group.chunk if group.chunk else np.zeros_like(positions)
 
 
 def _visibility(

@@ -34,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary positions: the first `num_rotated` numbers of a head turn, halves as pairs (RoFormer, Su 2021)."""
+    """Rotary positions: the first `num_rotated` numbers of a head turn, as pairs of halves (Su 2021)."""
 
     theta: float
     num_rotated: int

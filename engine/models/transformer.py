@@ -1,100 +1,169 @@
-"""One decoder-only transformer, driven by its configuration: the Llama shape (Touvron 2023).
+"""One decoder-only transformer, driven by its configuration.
 
-Pre-norm blocks of grouped-query attention with rotary positions and a gated MLP. It computes rows
-(tokens of many sequences side by side) and knows neither sequences nor requests. Who changes the bits of what
-it computes raises `cuda_kernels.ops.ARITHMETIC_VERSION`.
+Blocks of grouped-query attention and a gated MLP (Llama, Touvron 2023); what families add to that shape
+(norms around or within a block, windows, sinks, caps, experts) is data of `TransformerConfig` and at most a
+few lines here. It computes rows (tokens of many sequences side by side) and knows neither sequences nor
+requests. Who changes the bits of what it computes raises `cuda_kernels.ops.ARITHMETIC_VERSION`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from engine.models.config import QKNorm
+from engine.models.kv_groups import kv_groups
+from engine.models.rotary import Rotary
+from engine.models.weights import LayerWeights, MixtureWeights, MLPWeights, take_layer, take_norm
 
 if TYPE_CHECKING:
     from cuda_kernels.ops import AttentionPlan, Operations
     from engine.kv_storage import KVStorage
     from engine.models.config import TransformerConfig
 
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine, sine
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """T real rows, padded to a multiple of `Operations.row_multiple`.
 
-    tokens, positions: int64 [padded T]. kv_rows: int64 [T * Hkv], flat (page, head, slot) places in the
-    KV storage. wanted: int64 [R], the rows whose logits somebody asked for.
+    tokens, positions: int64 [padded T]. For each group of `kv_groups`, `kv_rows`: int64 [T * Hkv], flat
+    (page, head, slot) places in the KV storage, and an attention plan. wanted: int64 [R], the rows whose
+    logits somebody asked for.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     num_rows: int
-    kv_rows: torch.Tensor
-    attention: AttentionPlan
+    kv_rows: tuple[torch.Tensor, ...]
+    attention: tuple[AttentionPlan, ...]
     wanted: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
-    attention_norm: torch.Tensor
-    qkv: torch.Tensor  # [(Hq + 2 Hkv) * D, hidden]
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+class _Places:
+    """What a layer needs of a step's positions: its rotation, or what multiplies its queries."""
+
+    rotation: Rotation | None
+    query_scale: torch.Tensor | None  # float32 [padded T, 1, 1]
 
 
 class Transformer:
-    def __init__(self, config: TransformerConfig, weights: dict[str, torch.Tensor], ops: Operations) -> None:
-        """`weights`: Hugging Face names, as `load_weights` gives them; emptied as they are taken over."""
+    def __init__(
+        self,
+        config: TransformerConfig,
+        weights: dict[str, torch.Tensor],
+        ops: Operations,
+        max_model_len: int = 0,
+    ) -> None:
+        """`weights`: as `load_weights` gives them; emptied as they are taken over. `max_model_len`: tokens of
+        the context that is served; 0: the model's own."""
         self.config = config
         self.ops = ops
-        self.embedding = weights.pop("model.embed_tokens.weight")
-        self.layers = [_take_layer(weights, index) for index in range(config.num_layers)]
-        self.final_norm = weights.pop("model.norm.weight")
-        self.head = self.embedding if config.tie_embeddings else weights.pop("lm_head.weight")
+        self.embedding = weights.pop("embedding")
+        self.layers = [take_layer(weights, config, index) for index in range(config.num_layers)]
+        self.final_norm = take_norm(weights, "final_norm", config)
+        self.head = self.embedding if config.tie_embeddings else weights.pop("head")
         assert not weights, f"weights without a place: {sorted(weights)[:3]}"
-        self.inverse_frequencies = inverse_frequencies(config).to(self.embedding.device)
+        # Rounded as the reference models round it, in the dtype of the embedding.
+        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=self.embedding.dtype).item()
+        self.attention_scale = config.attention_scale or config.head_dim**-0.5
+        self.group_of = {
+            layer: group for group, members in enumerate(kv_groups(config)) for layer in members.layers
+        }
+        ropes = dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None)
+        served = max_model_len or config.max_positions
+        self.rotaries = {rope: Rotary(rope, served, self.embedding.device) for rope in ropes}
 
     def forward(self, rows: Rows, storage: KVStorage) -> torch.Tensor:
         """Compute the rows, fill their KV slots -> float32 logits [R, vocab] of `rows.wanted`."""
-        ops, config = self.ops, self.config
-        angles = rows.positions[:, None, None].float() * self.inverse_frequencies
-        cos, sin = angles.cos(), angles.sin()
+        places = self._places(rows.positions)
         hidden = self.embedding.index_select(0, rows.tokens)
-        for layer, keys, values in zip(self.layers, storage.keys, storage.values, strict=True):
-            normed = ops.rms_norm(hidden, layer.attention_norm, config.rms_norm_eps)
-            attended = self._attention(layer, normed, cos, sin, rows, keys, values)
-            hidden = hidden + ops.linear(attended, layer.out, layer.out_bias)
-            normed = ops.rms_norm(hidden, layer.mlp_norm, config.rms_norm_eps)
-            gated = ops.gated_silu(ops.linear(normed, layer.gate_up, layer.gate_up_bias))
-            hidden = hidden + ops.linear(gated, layer.down, layer.down_bias)
+        if self.embedding_scale != 1.0:
+            hidden = hidden * self.embedding_scale
+        for index, layer in enumerate(self.layers):
+            rope = self.config.layers[index].rope
+            normed = self._norm(hidden, layer.attention_norm)
+            attended = self._attention(index, layer, normed, places[rope], rows, storage)
+            hidden = hidden + self._norm(attended, layer.attention_post_norm)
+            normed = self._norm(hidden, layer.mlp_norm)
+            mlp = layer.mlp
+            moved = self._mlp(mlp, normed) if isinstance(mlp, MLPWeights) else self._mixture(mlp, normed)
+            hidden = hidden + self._norm(moved, layer.mlp_post_norm)
         return self._logits(hidden, rows.wanted)
+
+    def _places(self, positions: torch.Tensor) -> dict[object, _Places]:
+        """By `Layer.rope`; layers without one are under None."""
+        places: dict[object, _Places] = {
+            rope: _Places(rotary(positions), None) for rope, rotary in self.rotaries.items()
+        }
+        tuning = self.config.temperature_tuning
+        scale = None
+        if tuning is not None:
+            scale = 1.0 + tuning.scale * torch.log1p(torch.floor((positions.float() + 1.0) / tuning.floor))
+            scale = scale[:, None, None]
+        places[None] = _Places(None, scale)
+        return places
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """A family that has no norm at this place has no weight for it."""
+        return x if weight is None else self.ops.rms_norm(x, weight, self.config.rms_norm_eps)
 
     def _attention(
         self,
-        layer: _Layer,
+        index: int,
+        layer: LayerWeights,
         normed: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        places: _Places,
         rows: Rows,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        storage: KVStorage,
     ) -> torch.Tensor:
-        """-> [padded T, Hq * D] in the dtype of the rows"""
-        heads, kv_heads, size = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-        mixed = self.ops.linear(normed, layer.qkv, layer.qkv_bias)
-        mixed = mixed.view(-1, heads + 2 * kv_heads, size)
-        rotated = self.ops.rotary(mixed[:, : heads + kv_heads], cos, sin)
-        self.ops.write_kv(keys, rows.kv_rows, rotated[: rows.num_rows, heads:])
-        self.ops.write_kv(values, rows.kv_rows, mixed[: rows.num_rows, heads + kv_heads :])
-        attended = rows.attention(rotated[:, :heads], keys, values)
-        return attended.view(-1, heads * size).to(normed.dtype)
+        """-> [padded T, hidden]"""
+        config, ops = self.config, self.ops
+        heads, kv_heads, size = config.num_heads, config.num_kv_heads, config.head_dim
+        mixed = ops.linear(normed, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, size)
+        turned = self._placed(layer, mixed[:, : heads + kv_heads], places)
+        group = self.group_of[index]
+        keys, values, kv_rows = storage.keys[index], storage.values[index], rows.kv_rows[group]
+        ops.write_kv(keys, kv_rows, turned[: rows.num_rows, heads:])
+        ops.write_kv(values, kv_rows, mixed[: rows.num_rows, heads + kv_heads :])
+        attended = rows.attention[group](
+            turned[:, :heads], keys, values, self.attention_scale, config.attention_soft_cap, layer.sinks
+        )
+        return ops.linear(attended.view(-1, heads * size).to(normed.dtype), layer.out, layer.out_bias)
+
+    def _placed(self, layer: LayerWeights, heads: torch.Tensor, places: _Places) -> torch.Tensor:
+        """Queries and keys [padded T, Hq + Hkv, D] -> the same with norms and positions in them."""
+        ops, config = self.ops, self.config
+        num_heads = config.num_heads
+        if config.qk_norm in (QKNorm.HEAD, QKNorm.WHOLE):
+            query, key = heads[:, :num_heads], heads[:, num_heads:]
+            if config.qk_norm is QKNorm.WHOLE:
+                query, key = query.flatten(1), key.flatten(1)
+            query, key = self._norm(query, layer.q_norm), self._norm(key, layer.k_norm)
+            heads = torch.cat((query, key), dim=1).view(heads.shape)
+        if places.rotation is not None:
+            heads = ops.rotary(heads, *places.rotation)
+            if config.qk_norm is QKNorm.UNIT:
+                heads = ops.rms_norm(heads, None, config.rms_norm_eps)
+        if places.query_scale is not None:
+            query = heads[:, :num_heads].float() * places.query_scale
+            heads = torch.cat((query, heads[:, num_heads:].float()), dim=1)
+        return heads
+
+    def _mlp(self, mlp: MLPWeights, normed: torch.Tensor) -> torch.Tensor:
+        gate_up = self.ops.linear(normed, mlp.gate_up, mlp.gate_up_bias)
+        return self.ops.linear(self.ops.gated(gate_up, self.config.activation), mlp.down, mlp.down_bias)
+
+    def _mixture(self, mixture: MixtureWeights, normed: torch.Tensor) -> torch.Tensor:
+        ops, experts = self.ops, self.config.experts
+        assert experts is not None, "a layer of experts in a model without any"
+        scores = ops.linear(normed.to(mixture.router.dtype), mixture.router, mixture.router_bias)
+        chosen, shares = ops.route(scores, experts.per_token, experts.routing)
+        return ops.experts(normed, chosen, shares, mixture.experts, self.config.activation)
 
     def _logits(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         count = wanted.shape[0]
@@ -102,54 +171,6 @@ class Transformer:
         padding = -count % self.ops.row_multiple
         chosen = hidden.index_select(0, torch.cat((wanted, wanted[-1:].expand(padding))))
         normed = self.ops.rms_norm(chosen, self.final_norm, self.config.rms_norm_eps)
-        return self.ops.linear(normed, self.head, None)[:count].float()
-
-
-def _take_layer(weights: dict[str, torch.Tensor], index: int) -> _Layer:
-    prefix = f"model.layers.{index}."
-
-    def weight(name: str) -> torch.Tensor:
-        return weights.pop(f"{prefix}{name}.weight")
-
-    def bias(name: str) -> torch.Tensor | None:
-        return weights.pop(f"{prefix}{name}.bias", None)
-
-    def biases(*names: str) -> torch.Tensor | None:
-        found = [value for name in names if (value := bias(name)) is not None]
-        return torch.cat(found) if found else None
-
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    gate_up = ("mlp.gate_proj", "mlp.up_proj")
-    return _Layer(
-        attention_norm=weight("input_layernorm"),
-        qkv=torch.cat([weight(name) for name in qkv]),
-        qkv_bias=biases(*qkv),
-        out=weight("self_attn.o_proj"),
-        out_bias=bias("self_attn.o_proj"),
-        mlp_norm=weight("post_attention_layernorm"),
-        gate_up=torch.cat([weight(name) for name in gate_up]),
-        gate_up_bias=biases(*gate_up),
-        down=weight("mlp.down_proj"),
-        down_bias=bias("mlp.down_proj"),
-    )
-
-
-def inverse_frequencies(config: TransformerConfig) -> torch.Tensor:
-    """float32 [D / 2]: rotary angle per position, scaled as the checkpoint says.
-
-    `llama3` (Llama 3.1): wavelengths longer than original / low_freq_factor are stretched by `factor`, those
-    shorter than original / high_freq_factor stay, the ones between are interpolated.
-    """
-    size = config.head_dim
-    steps = torch.arange(0, size, 2, dtype=torch.int64).float() / size
-    plain = 1.0 / (config.rope_theta**steps)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return plain
-    if scaling.kind == "linear":
-        return plain / scaling.factor
-    assert scaling.kind == "llama3", f"rope scaling {scaling.kind} passed the configuration check"
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_positions * plain / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return plain * keep + plain / scaling.factor * (1.0 - keep)
+        logits = self.ops.linear(normed, self.head, None)[:count].float()
+        cap = self.config.logit_soft_cap
+        return (logits / cap).tanh_().mul_(cap) if cap else logits
