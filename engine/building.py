@@ -19,6 +19,7 @@ from engine.core import EngineCore
 from engine.kv_storage import KVStorage
 from engine.measured_costs import MEASURE, measured_costs
 from engine.messages import Phase, Ready
+from engine.models.context import for_context
 from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.state import LengthsFile, state_folder
@@ -73,14 +74,15 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     # The process is the engine's own: one pool of threads, all cores.
     torch.set_num_threads(config.num_threads or available_cores())
     checkpoint = locate(config.model, config.revision)
+    max_model_len = _max_model_len(config, checkpoint)
+    shape = for_context(checkpoint.transformer, max_model_len)
+    checkpoint = replace(checkpoint, transformer=shape)
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device)
     watch.lap("load weights")
     ops = pick(device)
-    model = Transformer(checkpoint.transformer, weights, ops)
+    model = Transformer(shape, weights, ops)
     watch.lap("build model")
-    shape = checkpoint.transformer
-    max_model_len = _max_model_len(config, checkpoint)
     settings = _with_pages(config, checkpoint, dtype, device, max_model_len)
     # An explicit number of pages may hold less than the model's context: then that is the context.
     max_model_len = min(max_model_len, settings.num_pages * settings.page_size)

@@ -11,8 +11,8 @@ class ScalingKind(StrEnum):
     DYNAMIC = "dynamic"  # NTK: beyond `original_max_positions` the base grows with the position
     LLAMA3 = "llama3"  # rescaled per frequency band (Llama 3.1)
     YARN = "yarn"  # Peng 2023
-    LONGROPE = "longrope"  # a divisor for each frequency (Ding 2024), of two lists
-    FACTORS = "factors"  # a divisor for each frequency, as GGUF files say it
+    LONGROPE = "longrope"  # a divisor for each frequency, of two lists (Ding 2024)
+    FACTORS = "factors"  # a divisor for each frequency: one list, as of a GGUF file or once it is chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Rotary positions (RoFormer, Su 2021) and the ways in which published models stretch them.
 
-Every angle is a pure function of the row's own position and of the context that is served, so keys in the
-cache never depend on how a prompt was cut or how long its sequence became.
+Every angle is a pure function of the row's own position, so keys in the cache never depend on how a prompt
+was cut or how long its sequence became.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 class Rotary:
     """Cosine and sine of positions, for the layers that share one `Rope`."""
 
-    def __init__(self, rope: Rope, max_model_len: int, device: torch.device) -> None:
-        """`max_model_len`, in tokens, decides which of longrope's two lists of factors counts."""
+    def __init__(self, rope: Rope, device: torch.device) -> None:
         self.rope = rope
-        self.inverse_frequencies = inverse_frequencies(rope, max_model_len).to(device)
+        self.inverse_frequencies = inverse_frequencies(rope).to(device)
         self.factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +37,7 @@ class Rotary:
         return angles.cos() * self.factor, angles.sin() * self.factor
 
 
-def inverse_frequencies(rope: Rope, max_model_len: int) -> torch.Tensor:
+def inverse_frequencies(rope: Rope) -> torch.Tensor:
     """float32 [num_rotated / 2]: the angle per position of each pair."""
     plain = 1.0 / rope.theta ** _exponents(rope)
     scaling = rope.scaling
@@ -53,9 +52,9 @@ def inverse_frequencies(rope: Rope, max_model_len: int) -> torch.Tensor:
             return _llama3(plain, scaling)
         case ScalingKind.YARN:
             return _yarn(plain, rope, scaling)
-        case ScalingKind.LONGROPE if max_model_len > scaling.original_max_positions:
-            return plain / torch.tensor(scaling.long_factors)
-    return plain / torch.tensor(scaling.factors)
+        case ScalingKind.FACTORS:
+            return plain / torch.tensor(scaling.factors)
+    raise AssertionError(f"{scaling.kind} is decided before a model is built: see `for_context`")
 
 
 def _exponents(rope: Rope) -> torch.Tensor:

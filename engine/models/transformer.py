@@ -52,15 +52,8 @@ class _Places:
 
 
 class Transformer:
-    def __init__(
-        self,
-        config: TransformerConfig,
-        weights: dict[str, torch.Tensor],
-        ops: Operations,
-        max_model_len: int = 0,
-    ) -> None:
-        """`weights`: as `load_weights` gives them; emptied as they are taken over. `max_model_len`: tokens of
-        the context that is served; 0: the model's own."""
+    def __init__(self, config: TransformerConfig, weights: dict[str, torch.Tensor], ops: Operations) -> None:
+        """`config`: as `for_context` gives it. `weights`: as `load_weights` does; emptied as they are taken."""
         self.config = config
         self.ops = ops
         self.embedding = weights.pop("embedding")
@@ -75,8 +68,7 @@ class Transformer:
             layer: group for group, members in enumerate(kv_groups(config)) for layer in members.layers
         }
         ropes = dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None)
-        served = max_model_len or config.max_positions
-        self.rotaries = {rope: Rotary(rope, served, self.embedding.device) for rope in ropes}
+        self.rotaries = {rope: Rotary(rope, self.embedding.device) for rope in ropes}
 
     def forward(self, rows: Rows, storage: KVStorage) -> torch.Tensor:
         """Compute the rows, fill their KV slots -> float32 logits [R, vocab] of `rows.wanted`."""
