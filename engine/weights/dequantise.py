@@ -25,20 +25,19 @@ def can_dequantise(kind: BlockType) -> bool:
     return kind.name in _PLAIN or kind.name in _BLOCKS
 
 
-def dequantise(raw: torch.Tensor, kind: BlockType, dtype: torch.dtype) -> torch.Tensor:
-    """Widen `raw`, uint8 [num_blocks * block_bytes] on any device, to [num_weights] of `dtype`.
+def dequantise(raw: torch.Tensor, kind: BlockType, out: torch.Tensor) -> None:
+    """Widen `raw`, uint8 [num_blocks * block_bytes], into `out`, [num_weights] of any floating type.
 
-    The result never shares memory with `raw`. Raises KeyError for a type that `can_dequantise` denies.
+    Both lie on one device. Raises KeyError for a type that `can_dequantise` denies.
     """
     if kind.name in _PLAIN:
-        return raw.view(_PLAIN[kind.name]).to(dtype, copy=True)
+        out.copy_(raw.view(_PLAIN[kind.name]))
+        return
     widen = _BLOCKS[kind.name]
-    blocks = raw.view(-1, kind.block_bytes)
-    out = torch.empty(blocks.shape[0], kind.block_size, dtype=dtype, device=raw.device)
+    blocks, rows = raw.view(-1, kind.block_bytes), out.view(-1, kind.block_size)
     step = _CHUNK_WEIGHTS // kind.block_size
     for start in range(0, blocks.shape[0], step):
-        out[start : start + step] = widen(blocks[start : start + step])
-    return out.view(-1)
+        rows[start : start + step] = widen(blocks[start : start + step])
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:

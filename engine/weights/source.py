@@ -1,0 +1,77 @@
+"""A checkpoint's weights as plain tensors, whatever they are stored as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from engine.weights.mapped import MappedFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    import torch
+
+    from engine.weights.safetensors import Shape, StoredTensor
+
+    Widen = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one plain tensor is made of stored ones.
+
+    `widen` takes `parts` as they are stored, on any device, and fills a contiguous tensor of `shape`, of any
+    floating type, on that device. It computes in float32 and rounds once.
+    """
+
+    shape: Shape
+    parts: tuple[StoredTensor, ...]
+    widen: Widen
+
+
+class WeightSource:
+    """Plain tensors by name. Recipes are made when asked for: what is not needed may be unreadable.
+
+    A context manager: inside of it the files are open, and `read_into` may be called by several threads.
+    """
+
+    def __init__(self, format_name: str, recipes: Mapping[str, Callable[[], Recipe]]) -> None:
+        self.format_name = format_name  # for people: "GGUF Q4_1", "safetensors BF16"
+        self._makers = recipes
+        self._recipes: dict[str, Recipe] = {}
+        self._files = MappedFiles()
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._makers.keys()
+
+    def recipe(self, name: str) -> Recipe:
+        """Raises CheckpointError where the stored tensors do not fit each other or are not supported."""
+        if name not in self._recipes:
+            self._recipes[name] = self._makers[name]()
+        return self._recipes[name]
+
+    def shape(self, name: str) -> Shape:
+        return self.recipe(name).shape
+
+    def stored_bytes(self, name: str) -> int:
+        return sum(part.num_bytes for part in self.recipe(name).parts)
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Fill `out`: contiguous, of the tensor's shape, of any floating type, on any device."""
+        recipe = self._recipes[name]
+        recipe.widen([self._files.view(part).to(out.device) for part in recipe.parts], out)
+        for part in recipe.parts:
+            self._files.drop(part)
+
+    def __enter__(self) -> Self:
+        """Opens the files of the recipes that were asked for. Raises CheckpointError."""
+        for recipe in self._recipes.values():
+            for part in recipe.parts:
+                self._files.open(part.file)
+                self._files.check(part)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
