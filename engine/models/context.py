@@ -1,4 +1,4 @@
-"""A model's shape for the context that is served: what depends on its length is decided once. No torch here."""
+"""A model's shape for the context that is served: what its length decides, decided once. No torch here."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class _Places:
 
 class Transformer:
     def __init__(self, config: TransformerConfig, weights: dict[str, torch.Tensor], ops: Operations) -> None:
-        """`config`: as `for_context` gives it. `weights`: as `load_weights` does; emptied as they are taken."""
+        """`config`: from `for_context`. `weights`: from `load_weights`; emptied as they are taken."""
         self.config = config
         self.ops = ops
         self.embedding = weights.pop("embedding")
