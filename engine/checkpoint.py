@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.models.families import from_config_json, from_gguf
+from engine.models.gguf_rotary import FACTOR_TENSORS
 from engine.weights import embedded, folder_text, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.gguf import GGUFFile, read_gguf
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.models.config import TransformerConfig
+    from engine.weights.gguf import TensorInfo
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointKind", "locate"]
 
@@ -120,27 +122,19 @@ def _from_gguf(path: Path, name: str, source: str) -> Checkpoint:
 
 
 def _gguf_transformer(file: GGUFFile) -> TransformerConfig:
-    """The shape by the metadata, and by the presence of optional tensors."""
+    """The shape by the metadata, by the presence of optional tensors and by the rotary factors in some."""
+    factors = {
+        name: _rope_factors(file, file.tensors[name]) for name in FACTOR_TENSORS if name in file.tensors
+    }
     try:
-        config = from_gguf(file.metadata, _rope_factors(file))
+        return from_gguf(file.metadata, file.tensors, factors)
     except CheckpointError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    return replace(
-        config,
-        tie_embeddings="output.weight" not in file.tensors,
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
-    )
 
 
-def _rope_factors(file: GGUFFile) -> tuple[float, ...]:
-    info = file.tensors.get("rope_freqs.weight")
-    if info is None:
-        return ()
+def _rope_factors(file: GGUFFile, info: TensorInfo) -> tuple[float, ...]:
     if info.type.name != "F32" or len(info.shape) != 1 or info.shape[0] > _MAX_ROPE_FACTORS:
-        raise CheckpointError(
-            f"{file.path}: tensor 'rope_freqs.weight' is {info.type.name} {list(info.shape)}"
-        )
+        raise CheckpointError(f"{file.path}: tensor '{info.name}' is {info.type.name} {list(info.shape)}")
     with file.path.open("rb") as data:
         data.seek(info.offset)
         return struct.unpack(f"<{info.shape[0]}f", data.read(info.num_bytes))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from engine.kv_storage import KVStorage
-from engine.models.config import TransformerConfig
+from engine.models.config import Layer, Rope, TransformerConfig
 from engine.tiers import Copier, DiskFile, HostPool, measure_copies
 from scheduler.plan import Copy, Tier
 
@@ -28,12 +28,11 @@ SMOLLM2_135M = TransformerConfig(
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
-    num_layers=30,
+    layers=(Layer(rope=Rope(theta=100000.0, num_rotated=64)),) * 30,
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
     rms_norm_eps=1e-5,
-    rope_theta=100000.0,
     max_positions=8192,
 )
 PAGE_SIZE = 16

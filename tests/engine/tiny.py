@@ -13,7 +13,7 @@ from engine.batch import BatchBuilder
 from engine.core import EngineCore
 from engine.kv_storage import KVStorage
 from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
-from engine.models.config import TransformerConfig
+from engine.models.config import Layer, Rope, TransformerConfig
 from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.tiers import Copier, DiskFile, HostPool
@@ -35,12 +35,11 @@ TINY = TransformerConfig(
     vocab_size=300,
     hidden_size=48,
     intermediate_size=64,
-    num_layers=2,
+    layers=(Layer(rope=Rope(theta=10000.0, num_rotated=16)),) * 2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
     rms_norm_eps=1e-5,
-    rope_theta=10000.0,
     max_positions=512,
 )
 COPIES_WITHIN_S = 5.0
@@ -60,25 +59,22 @@ def random_weights(config: TransformerConfig, seed: int = 0) -> dict[str, torch.
         return torch.randn(shape, generator=generator) * 0.3
 
     hidden, wide = config.hidden_size, config.intermediate_size
-    kv = config.num_kv_heads * config.head_dim
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     weights = {
-        "model.embed_tokens.weight": weight(config.vocab_size, hidden),
-        "model.norm.weight": torch.ones(hidden),
-        "lm_head.weight": weight(config.vocab_size, hidden),
+        "embedding": weight(config.vocab_size, hidden),
+        "final_norm": torch.ones(hidden),
+        "head": weight(config.vocab_size, hidden),
     }
     for index in range(config.num_layers):
         layer = {
-            "input_layernorm": torch.ones(hidden),
-            "post_attention_layernorm": torch.ones(hidden),
-            "self_attn.q_proj": weight(config.num_heads * config.head_dim, hidden),
-            "self_attn.k_proj": weight(kv, hidden),
-            "self_attn.v_proj": weight(kv, hidden),
-            "self_attn.o_proj": weight(hidden, config.num_heads * config.head_dim),
-            "mlp.gate_proj": weight(wide, hidden),
-            "mlp.up_proj": weight(wide, hidden),
-            "mlp.down_proj": weight(hidden, wide),
+            "attention_norm": torch.ones(hidden),
+            "mlp_norm": torch.ones(hidden),
+            "qkv.weight": weight(queries + 2 * keys, hidden),
+            "out.weight": weight(hidden, queries),
+            "gate_up.weight": weight(2 * wide, hidden),
+            "down.weight": weight(hidden, wide),
         }
-        weights |= {f"model.layers.{index}.{name}.weight": value for name, value in layer.items()}
+        weights |= {f"layers.{index}.{name}": value for name, value in layer.items()}
     return weights
 
 

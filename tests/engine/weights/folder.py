@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
+from engine.weights.layout_folder import folder_targets
 from engine.weights.loader import load_weights
 from server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from engine.checkpoint import Checkpoint
@@ -29,10 +31,23 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", tokenizer | {"chat_template": checkpoint.chat_template})
     Tokenizer.from_checkpoint(checkpoint).save(folder / "tokenizer.json")
     weights = load_weights(checkpoint, torch.float32, torch.device("cpu"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = folder_tensors(checkpoint.transformer, weights)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def folder_tensors(config: TransformerConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Runtime tensors -> what Hugging Face's model keeps: the rows of every piece."""
+    return {
+        piece.stored: weights[target.name][piece.row : piece.row + piece.shape[0]].clone()
+        for target in folder_targets(config, ())
+        for piece in target.pieces
+    }
 
 
 def config_json(config: TransformerConfig) -> dict[str, Any]:
+    """Of a Llama whose positions are not stretched."""
+    rope = config.layers[0].rope
+    assert rope is not None, "a Llama has positions"
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -45,10 +60,10 @@ def config_json(config: TransformerConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": rope.theta,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "torch_dtype": "float32",
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.models.config import RopeScaling
+from engine.models.config import Rope, RopeScaling, ScalingKind, TransformerConfig
 from engine.models.families import from_config_json, from_gguf
 from engine.weights.errors import CheckpointError
 from tests.engine.weights.gguf_bytes import TINY_METADATA
@@ -34,33 +34,44 @@ LLAMA3 = {
 }
 
 
+def rope(config: TransformerConfig) -> Rope:
+    """Of all layers."""
+    (found,) = {layer.rope for layer in config.layers}
+    assert found is not None
+    return found
+
+
 def test_config_json() -> None:
     config = from_config_json(LLAMA | {"rope_theta": 5e5, "pretraining_tp": 1, "auto_map": {"x": "y.Z"}})
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (2, 8, 5e5)
+    assert (config.num_kv_heads, config.head_dim, config.num_layers) == (2, 8, 2)
+    assert rope(config) == Rope(theta=5e5, num_rotated=8)
     assert config.tie_embeddings
-    assert config.rope_scaling is None
     assert from_config_json(LLAMA | {"head_dim": 16}).head_dim == 16
     assert from_config_json(LLAMA | {"num_key_value_heads": None}).num_kv_heads == 8
 
 
 @pytest.mark.parametrize(
-    "rope",
+    "written",
     [
         {"rope_theta": 5e5, "rope_scaling": LLAMA3},
         {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
     ],
 )
-def test_both_spellings_of_the_rotary_settings(rope: dict[str, Any]) -> None:
-    config = from_config_json(LLAMA | rope)
-    assert config.rope_theta == 5e5
-    assert config.rope_scaling == RopeScaling(
-        kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
+def test_both_spellings_of_the_rotary_settings(written: dict[str, Any]) -> None:
+    config = from_config_json(LLAMA | written)
+    assert rope(config).theta == 5e5
+    assert rope(config).scaling == RopeScaling(
+        kind=ScalingKind.LLAMA3,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_positions=8192,
     )
 
 
 def test_the_older_word_for_the_kind_of_scaling() -> None:
     config = from_config_json(LLAMA | {"rope_scaling": {"type": "linear", "factor": 2}})
-    assert config.rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    assert rope(config).scaling == RopeScaling(kind=ScalingKind.LINEAR, factor=2.0)
 
 
 @pytest.mark.parametrize(
@@ -72,19 +83,20 @@ def test_the_older_word_for_the_kind_of_scaling() -> None:
         ),
         ({"architectures": None}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type = 'yarn'"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope_parameters.rope_type"),
+        ({"rope_scaling": {"rope_type": "other", "factor": 4.0}}, "rope_scaling.rope_type = 'other'"),
+        ({"rope_parameters": {"rope_type": ["yarn"], "factor": 4.0}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": {"rope_type": "linear", "twist": 4.0}}, "rope_parameters.twist = 4.0"),
         (
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "partial_rotary_factor",
         ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "lacks rope_scaling.factor"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"hidden_size": None}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size = '64'"),
         ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2**30}, "num_hidden_layers = 1073741824"),
         ({"num_attention_heads": 0}, "num_attention_heads = 0"),
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -107,29 +119,13 @@ def test_gguf_metadata() -> None:
     assert config.rms_norm_eps == 1e-5
 
 
-def llama3_factors(factor: float, head_dim: int, base: float) -> tuple[float, ...]:
-    """As the converter of llama.cpp writes them."""
-    found = []
-    for i in range(0, head_dim, 2):
-        wavelength = 2 * 3.141592653589793 * base ** (i / head_dim)
-        if wavelength < 8192 / 4:
-            found.append(1.0)
-        elif wavelength > 8192:
-            found.append(factor)
-        else:
-            smooth = (8192 / wavelength - 1) / 3
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(found)
-
-
-def test_gguf_rope_factors_of_llama3() -> None:
-    wide = TINY_METADATA | {"llama.attention.key_length": 64, "llama.rope.freq_base": 5e5}
-    config = from_gguf(wide, llama3_factors(32.0, 64, 5e5))
-    assert config.rope_scaling == RopeScaling(
-        kind="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192
-    )
-    with pytest.raises(CheckpointError, match="rope_freqs"):
-        from_gguf(wide, tuple(range(1, 33)))
+def test_gguf_factors_of_the_rotary_frequencies() -> None:
+    factors = (1.0, 1.0, 1.5, 8.0)
+    config = from_gguf(TINY_METADATA, factors={"rope_freqs.weight": factors})
+    assert rope(config).scaling == RopeScaling(kind=ScalingKind.FACTORS, factors=factors)
+    for wrong in (factors[:3], (*factors[:3], 0.0), (*factors[:3], float("nan"))):
+        with pytest.raises(CheckpointError, match="rope_freqs"):
+            from_gguf(TINY_METADATA, factors={"rope_freqs.weight": wrong})
 
 
 @pytest.mark.parametrize(
