@@ -78,7 +78,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     shape = for_context(checkpoint.transformer, max_model_len)
     checkpoint = replace(checkpoint, transformer=shape)
     watch.lap("locate checkpoint")
-    weights = load_weights(checkpoint, dtype, device)
+    weights = load_weights(checkpoint, dtype, device, free_bytes(device))
     watch.lap("load weights")
     ops = pick(device)
     model = Transformer(shape, weights, ops)

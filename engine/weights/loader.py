@@ -12,7 +12,8 @@ from engine.weights.checksum import verified
 from engine.weights.filling import Filling
 from engine.weights.folder_source import folder_source
 from engine.weights.gguf_source import gguf_source
-from engine.weights.targets import folder_targets, gguf_targets
+from engine.weights.layout_folder import folder_targets
+from engine.weights.layout_gguf import gguf_targets
 
 if TYPE_CHECKING:
     import torch
