@@ -31,8 +31,7 @@ def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
     own = Fields("config.json", config)
     if family.nested:
         own = own.within(family.nested)
-    present = {name: value for name, value in own.values.items() if value is not None}
-    fields = replace(own, values={**family.defaults, **present})
+    fields = replace(own, values={**family.defaults, **own.values})  # null is a value: none of this
     for name, allowed in family.fixed.items():
         fields.check(name, *allowed)
     return checked(read_shape(family, fields))

@@ -1,4 +1,4 @@
-"""Rotary positions as GGUF metadata describes them. No torch here."""
+"""Rotary positions as GGUF metadata and tensors describe them. No torch here."""
 
 from __future__ import annotations
 
@@ -7,41 +7,89 @@ from typing import TYPE_CHECKING
 
 from engine.models.config import Rope, RopeScaling, ScalingKind
 from engine.models.fields import decimal, unsupported
+from engine.models.rotary_fields import longrope_attention, yarn_attention
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from engine.models.fields import Fields
 
+    Factors = Mapping[str, tuple[float, ...]]
+
 ROPE_KEYS = frozenset(
     {
         "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor",
-        "rope.scaling.original_context_length", "rope.scaling.finetuned",
+        "rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor",
+        "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier",
     }
 )  # fmt: skip
-FACTOR_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+_ALL, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+FACTOR_TENSORS = (_ALL, _SHORT, _LONG)
 
 
 def read_rope(
-    fields: Fields, head_dim: int, factors: Mapping[str, tuple[float, ...]], *, partial: bool = False
+    fields: Fields, head_dim: int, factors: Factors, *, partial: bool = False, truncate: bool = True
 ) -> Rope:
-    """`partial`: a part of a head may turn. Raises CheckpointError."""
+    """`partial`: a part of a head may turn. `truncate`: of YaRN, which files do not say. Raises
+    CheckpointError."""
     num_rotated = fields.count("rope.dimension_count", head_dim)
     if num_rotated != head_dim and not (partial and num_rotated < head_dim and num_rotated % 2 == 0):
         raise fields.unsupported("rope.dimension_count", num_rotated, f" with heads of {head_dim}")
-    theta = decimal(fields.number("rope.freq_base", 10000.0))
     for name, values in factors.items():
         if len(values) != num_rotated // 2 or not all(0 < value < math.inf for value in values):
             raise unsupported(f"tensor {name}", values, f"; {num_rotated // 2} numbers are needed")
-    return Rope(theta=theta, num_rotated=num_rotated, scaling=_scaling(fields, factors))
+    theta = decimal(fields.number("rope.freq_base", 10000.0))
+    return Rope(theta=theta, num_rotated=num_rotated, scaling=_scaling(fields, factors, truncate))
 
 
-def _scaling(fields: Fields, factors: Mapping[str, tuple[float, ...]]) -> RopeScaling | None:
+def _scaling(fields: Fields, factors: Factors, truncate: bool) -> RopeScaling | None:
+    if _LONG in factors and _SHORT in factors:
+        return _longrope(fields, factors)
+    if _ALL in factors:
+        fields.check("rope.scaling.type", "none")
+        return RopeScaling(kind=ScalingKind.FACTORS, factors=factors[_ALL])
     kind = fields.values.get("rope.scaling.type", "none")
     if kind == "linear":
         return RopeScaling(kind=ScalingKind.LINEAR, factor=decimal(fields.number("rope.scaling.factor")))
+    if kind == "yarn":
+        return _yarn(fields, truncate)
     if kind != "none":
         raise fields.unsupported("rope.scaling.type", kind)
-    if "rope_freqs.weight" in factors:
-        return RopeScaling(kind=ScalingKind.FACTORS, factors=factors["rope_freqs.weight"])
     return None
+
+
+def _yarn(fields: Fields, truncate: bool) -> RopeScaling:
+    factor = decimal(fields.number("rope.scaling.factor"))
+    fields.check("rope.scaling.yarn_ext_factor", 1.0)
+    attention = yarn_attention(factor)
+    if fields.values.get("rope.scaling.yarn_log_multiplier"):
+        attention /= yarn_attention(factor, decimal(fields.number("rope.scaling.yarn_log_multiplier")))
+    attention = decimal(fields.number("rope.scaling.yarn_attn_factor", attention))
+    return RopeScaling(
+        kind=ScalingKind.YARN,
+        factor=factor,
+        original_max_positions=_original(fields),
+        beta_fast=decimal(fields.number("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=decimal(fields.number("rope.scaling.yarn_beta_slow", 1.0)),
+        truncate=truncate,
+        attention_factor=attention * decimal(fields.number("rope.scaling.attn_factor", 1.0)),
+    )
+
+
+def _longrope(fields: Fields, factors: Factors) -> RopeScaling:
+    original = _original(fields)
+    factor = fields.count("context_length") / original
+    attention = fields.number("rope.scaling.attn_factor", longrope_attention(factor, original))
+    return RopeScaling(
+        kind=ScalingKind.LONGROPE,
+        factor=factor,
+        original_max_positions=original,
+        attention_factor=decimal(attention),
+        factors=factors[_SHORT],
+        long_factors=factors[_LONG],
+    )
+
+
+def _original(fields: Fields) -> int:
+    return fields.count("rope.scaling.original_context_length", fields.count("context_length"))

@@ -45,7 +45,7 @@ _OWN: Mapping[str, Mapping[str, str]] = {
     "gpt-oss": {"mlp_norm": "post_attention_norm"},
 }
 # The converter brings the two rows of a rotary pair side by side, or finds them so.
-_NEIGHBOURS = ("llama", "llama4", "smollm3")
+_NEIGHBOURS = ("llama", "mixtral", "llama4", "smollm3")
 
 
 def gguf_targets(config: TransformerConfig, names: Collection[str]) -> Iterator[Target]:

@@ -132,9 +132,11 @@ def test_gguf_factors_of_the_rotary_frequencies() -> None:
     ("change", "named"),
     [
         ({"general.architecture": "mamba"}, "general.architecture = 'mamba'"),
-        ({"llama.expert_count": 8}, "llama.expert_count = 8"),
+        ({"llama.expert_count": 8}, "lacks llama.expert_used_count"),
+        ({"llama.expert_group_count": 8}, "llama.expert_group_count = 8"),
         ({"llama.attention.sliding_window": 128}, "llama.attention.sliding_window"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn'"),
+        ({"llama.rope.scaling.type": "other"}, "llama.rope.scaling.type = 'other'"),
+        ({"llama.rope.scaling.type": "yarn"}, "lacks llama.rope.scaling.factor"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count = 4"),
         ({"llama.block_count": (1, 2)}, "block_count"),
     ],
