@@ -7,11 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.weights.errors import CheckpointError
+from engine.weights.json_files import read_json_object
+from engine.weights.quantised.settings import read_quantisation
 from engine.weights.safetensors import StoredTensor, read_folder
 from engine.weights.source import Recipe, WeightSource
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -21,13 +23,20 @@ _PLAIN = ("F32", "BF16", "F16", "F64")
 
 def folder_source(folder: Path) -> WeightSource:
     """Raises CheckpointError for files that are not sound and for quantisations that are not supported."""
+    config = read_json_object(folder / "config.json")
+    try:
+        quantisation = read_quantisation(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     stored = read_folder(folder)
-    bytes_of: Counter[str] = Counter()
-    for tensor in stored.values():
-        bytes_of[tensor.dtype] += tensor.num_bytes
-    most = bytes_of.most_common(1)
-    name = f"safetensors {most[0][0]}" if most else "safetensors"
-    return WeightSource(name, {key: partial(plain, tensor) for key, tensor in stored.items()})
+    recipes = {name: partial(plain, tensor) for name, tensor in stored.items()}
+    if quantisation is None:
+        return WeightSource(f"safetensors {_most_stored(stored)}", recipes)
+    quantised = quantisation.maker(stored)
+    if not quantised:
+        raise CheckpointError(f"{folder}: config.json speaks of {quantisation.name}, no tensor is so stored")
+    name = f"safetensors, {quantisation.name}"
+    return WeightSource(name, recipes | quantised, quantised_activations=quantisation.activations)
 
 
 def plain(stored: StoredTensor) -> Recipe:
@@ -41,3 +50,10 @@ def plain(stored: StoredTensor) -> Recipe:
 
 def _copy(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     out.copy_(parts[0])
+
+
+def _most_stored(stored: Mapping[str, StoredTensor]) -> str:
+    bytes_of: Counter[str] = Counter()
+    for tensor in stored.values():
+        bytes_of[tensor.dtype] += tensor.num_bytes
+    return bytes_of.most_common(1)[0][0] if bytes_of else "without tensors"

@@ -81,6 +81,8 @@ def _check_memory(checkpoint: Checkpoint, filling: Filling, targets: list[Target
 
 
 def _log(checkpoint: Checkpoint, filling: Filling, weights: dict[str, torch.Tensor], seconds: float) -> None:
+    if filling.source.quantised_activations:
+        logger.info("%s: activations are computed in full, not quantised", filling.source.format_name)
     kept = sum(tensor.nbytes for tensor in weights.values())
     logger.info(
         "loaded %s (%s, %.1f MB) in %.2f s: %.1f MB of weights as %s on %s",

@@ -72,6 +72,16 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     return _tensors(path, _parsed(path, text), start, size)
 
 
+def read_integers(stored: StoredTensor) -> tuple[int, ...]:
+    """The numbers of a small tensor of I32 or I64. Raises CheckpointError when the file has changed."""
+    with stored.file.open("rb") as file:
+        file.seek(stored.offset)
+        raw = file.read(stored.num_bytes)
+    if len(raw) != stored.num_bytes:
+        raise CheckpointError(f"{stored.file}: tensor '{stored.name}' is cut off")
+    return struct.unpack(f"<{prod(stored.shape)}{'i' if stored.dtype == 'I32' else 'q'}", raw)
+
+
 def _header(path: Path, raw: bytes, size: int) -> tuple[int, int]:
     """-> where the tensors begin, and how many bytes of JSON lie before that."""
     if len(raw) < 8:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from engine.weights.errors import CheckpointError
 from engine.weights.mapped import MappedFiles
 
 if TYPE_CHECKING:
@@ -36,8 +37,14 @@ class WeightSource:
     A context manager: inside of it the files are open, and `read_into` may be called by several threads.
     """
 
-    def __init__(self, format_name: str, recipes: Mapping[str, Callable[[], Recipe]]) -> None:
+    def __init__(
+        self,
+        format_name: str,
+        recipes: Mapping[str, Callable[[], Recipe]],
+        quantised_activations: bool = False,
+    ) -> None:
         self.format_name = format_name  # for people: "GGUF Q4_1", "safetensors BF16"
+        self.quantised_activations = quantised_activations  # as its makers meant it; not computed so here
         self._makers = recipes
         self._recipes: dict[str, Recipe] = {}
         self._files = MappedFiles()
@@ -59,9 +66,15 @@ class WeightSource:
         return sum(part.num_bytes for part in self.recipe(name).parts)
 
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Fill `out`: contiguous, of the tensor's shape, of any floating type, on any device."""
+        """Fill `out`: contiguous, of the tensor's shape, of any floating type, on any device.
+
+        Raises CheckpointError where the numbers contradict each other, as a group that does not exist.
+        """
         recipe = self._recipes[name]
-        recipe.widen([self._files.view(part).to(out.device) for part in recipe.parts], out)
+        try:
+            recipe.widen([self._files.view(part).to(out.device) for part in recipe.parts], out)
+        except CheckpointError as error:
+            raise CheckpointError(f"{recipe.parts[0].file}: tensor '{name}': {error}") from error
         for part in recipe.parts:
             self._files.drop(part)
 
