@@ -14,6 +14,7 @@ from engine.core import EngineCore
 from engine.kv_storage import KVStorage
 from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
 from engine.models.config import Layer, Rope, TransformerConfig
+from engine.models.context import for_context
 from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.tiers import Copier, DiskFile, HostPool
@@ -87,19 +88,35 @@ def tiny_core(
 ) -> EngineCore:
     """`disk`: the file of the disk pages, if `settings` have any; `before`: the copier's hook. With host
     pages the core has a copy thread: it is to be closed."""
-    torch.set_num_threads(1)  # a second one gains nothing here, and spins beside a busy neighbour
     scheduling = replace(SETTINGS, **settings)  # type: ignore[arg-type]
+    return core_around(TINY, random_weights(TINY), scheduling, disk=disk, before=before, clock=clock)
+
+
+def core_around(
+    config: TransformerConfig,
+    weights: dict[str, torch.Tensor],
+    scheduling: SchedulerConfig,
+    *,
+    disk: Path | None = None,
+    before: Callable[[Copy], None] | None = None,
+    clock: Clock = time.monotonic,
+) -> EngineCore:
+    """Of a model in float32 on the CPU, whose context is `config.max_positions`."""
+    torch.set_num_threads(1)  # a second one gains nothing here, and spins beside a busy neighbour
     ops = pick(CPU)
-    model = Transformer(TINY, random_weights(TINY), ops)
-    storage = KVStorage(TINY, scheduling.num_pages, scheduling.page_size, torch.float32, CPU)
+    config = for_context(config, config.max_positions)
+    model = Transformer(config, weights, ops)
+    storage = KVStorage(config, scheduling.num_pages, scheduling.page_size, torch.float32, CPU)
     file = DiskFile(disk, b"tiny", storage.page_bytes, scheduling.disk_pages) if disk else None
     copier = None
     if scheduling.host_pages:
         copier = Copier(storage, HostPool(storage, scheduling.host_pages), file, before=before)
     index = file.index() if file else {}
-    scheduler = Scheduler(scheduling, clock, TINY.max_positions, disk_index=index)
-    batches = BatchBuilder(TINY, ops, scheduling.page_size, TINY.max_positions, scheduling.max_num_seqs, CPU)
-    return EngineCore(scheduler, Runner(model, storage, batches, scheduler), TINY.vocab_size, copier)
+    scheduler = Scheduler(scheduling, clock, config.max_positions, disk_index=index)
+    batches = BatchBuilder(
+        config, ops, scheduling.page_size, config.max_positions, scheduling.max_num_seqs, CPU
+    )
+    return EngineCore(scheduler, Runner(model, storage, batches, scheduler), config.vocab_size, copier)
 
 
 def request(name: str, prompt: list[int], **fields: object) -> Request:

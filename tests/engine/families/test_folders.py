@@ -1,0 +1,57 @@
+"""Every family from a folder: the logits of Hugging Face's own model, and so its greedy text.
+
+In whole prompts, in prompts cut into uneven slices beside others, and token by token through pages, far
+beyond windows, chunks, pages and blocks of keys.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.engine.families.references import CASES, VOCAB, build, logits_of
+from tests.engine.families.served import Text, serve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+NUM_GREEDY = 64
+PROMPT_LENGTHS = (107, 30)
+WHOLE, SLICED = 256, 23  # tokens a step
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    model = build(CASES[request.param])
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def assert_as_the_reference(text: Text, prompt: list[int], model: PreTrainedModel) -> None:
+    expected = logits_of(model, text.tokens)
+    assert len(text.logits) == len(text.tokens) - 1
+    torch.testing.assert_close(text.logits, expected[:-1], atol=1e-4, rtol=1e-4)
+    # Greedy decoding of the reference, by induction: every token is its choice after those before.
+    assert text.tokens[len(prompt) :] == expected[len(prompt) - 1 : -1].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("step_tokens", [WHOLE, SLICED])
+def test_logits_and_greedy_text(
+    saved: tuple[PreTrainedModel, Path], prompts: list[list[int]], step_tokens: int
+) -> None:
+    model, folder = saved
+    texts = serve(folder, prompts, step_tokens=step_tokens, num_tokens=NUM_GREEDY)
+    for text, prompt in zip(texts, prompts, strict=True):
+        assert len(text.tokens) == len(prompt) + NUM_GREEDY
+        assert_as_the_reference(text, prompt, model)
