@@ -78,14 +78,16 @@ def _yarn(fields: Fields, truncate: bool) -> RopeScaling:
 
 
 def _longrope(fields: Fields, factors: Factors) -> RopeScaling:
+    """A written attention factor that is the rule's, but for its 32 bits, is the rule's."""
     original = _original(fields)
     factor = fields.count("context_length") / original
-    attention = fields.number("rope.scaling.attn_factor", longrope_attention(factor, original))
+    rule = longrope_attention(factor, original)
+    attention = fields.number("rope.scaling.attn_factor", rule)
     return RopeScaling(
         kind=ScalingKind.LONGROPE,
         factor=factor,
         original_max_positions=original,
-        attention_factor=decimal(attention),
+        attention_factor=rule if math.isclose(attention, rule, rel_tol=1e-6) else attention,
         factors=factors[_SHORT],
         long_factors=factors[_LONG],
     )

@@ -1,4 +1,4 @@
-"""Checkpoints as the engine serves them: locate, load, schedule, compute; and every row of logits on the way."""
+"""Checkpoints as the engine serves them, from the files to the text, and every row of logits on the way."""
 
 from __future__ import annotations
 
