@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.models.families import from_config_json, from_gguf
 from engine.models.gguf_rotary import FACTOR_TENSORS
-from engine.weights import embedded, folder_text, hub
+from engine.weights import embedded, folder_text, gguf_text, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.gguf import GGUFFile, read_gguf
 from engine.weights.json_files import read_json_object
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "CheckpointError", "CheckpointKind", "locate"]
 
-# The words of chat templates, and what GGUF calls them.
-_GGUF_SPECIAL = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}
 _MAX_ROPE_FACTORS = 1024
 
 
@@ -46,17 +44,21 @@ class Checkpoint:
     transformer: TransformerConfig
     size_bytes: int  # of the weights' files
     sha256: str | None = None  # what the file must have, verified while the weights are read
-    eos_token_ids: tuple[int, ...] = ()
+    adapter: Path | None = None  # folder of a LoRA adapter, merged into the weights as they are read
+    eos_token_ids: tuple[int, ...] = ()  # whichever of them ends a text
     bos_token_id: int | None = None
     add_bos: bool | None = None  # None: the checkpoint does not say
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # "bos_token", "eos_token", ... -> text
-    chat_template: str | None = field(default=None, repr=False)
-    temperature: float | None = None  # the checkpoint's own defaults of sampling
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict, repr=False)  # the usual one is "default"
+    generation: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # as generation_config.json names them, unchecked
     gguf: GGUFFile | None = field(default=None, repr=False)  # parsed once; holds the vocabulary
+
+    @property
+    def chat_template(self) -> str | None:
+        """The usual one."""
+        return self.chat_templates.get("default")
 
 
 def locate(model: str, revision: str = "") -> Checkpoint:
@@ -97,14 +99,7 @@ def _default() -> Checkpoint:
 def _from_gguf(path: Path, name: str, source: str) -> Checkpoint:
     file = read_gguf(path)
     metadata = file.metadata
-    token_ids = {
-        f"{word}_token": token
-        for word, key in _GGUF_SPECIAL.items()
-        for token in _ids(key, metadata.get(f"tokenizer.ggml.{key}_token_id"))
-    }
-    ends = [token_ids[word] for word in ("eos_token", "eot_token") if word in token_ids]
     add_bos = metadata.get("tokenizer.ggml.add_bos_token")
-    template = metadata.get("tokenizer.chat_template")
     return Checkpoint(
         name=name,
         source=source,
@@ -112,11 +107,12 @@ def _from_gguf(path: Path, name: str, source: str) -> Checkpoint:
         kind=CheckpointKind.GGUF,
         transformer=_gguf_transformer(file),
         size_bytes=file.size_bytes,
-        eos_token_ids=tuple(dict.fromkeys(ends)),
-        bos_token_id=token_ids.get("bos_token"),
+        eos_token_ids=gguf_text.end_ids(metadata),
+        bos_token_id=gguf_text.token_id(metadata, "bos"),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
-        special_tokens=_gguf_special_tokens(metadata, token_ids),
-        chat_template=template if isinstance(template, str) else None,
+        special_tokens=gguf_text.special_tokens(metadata),
+        chat_templates=gguf_text.chat_templates(metadata),
+        generation=gguf_text.generation(metadata),
         gguf=file,
     )
 
@@ -140,13 +136,6 @@ def _rope_factors(file: GGUFFile, info: TensorInfo) -> tuple[float, ...]:
         return struct.unpack(f"<{info.shape[0]}f", data.read(info.num_bytes))
 
 
-def _gguf_special_tokens(metadata: Mapping[str, Any], token_ids: dict[str, int]) -> dict[str, str]:
-    texts = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(texts, tuple):
-        return {}
-    return {word: str(texts[token]) for word, token in token_ids.items() if token < len(texts)}
-
-
 def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     config = read_json_object(folder / "config.json")
     texts = folder_text.read(folder)
@@ -154,7 +143,9 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         transformer = from_config_json(config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    begin, ends = (texts.generation.get(key, config.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    nested = config.get("text_config")
+    sources = {**(nested if isinstance(nested, dict) else {}), **config, **texts.generation}
+    begin, ends = (sources.get(key) for key in ("bos_token_id", "eos_token_id"))
     end_ids = (*_ids("eos_token_id", ends), *texts.named_end_ids())
     return Checkpoint(
         name=name,
@@ -167,12 +158,8 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         bos_token_id=next(iter(_ids("bos_token_id", begin)), None),
         add_bos=texts.add_bos(),
         special_tokens=texts.special_tokens(),
-        chat_template=texts.chat_template(),
-        temperature=texts.default("temperature"),
-        top_p=texts.default("top_p"),
-        top_k=None if (top_k := texts.default("top_k")) is None else int(top_k),
-        min_p=texts.default("min_p"),
-        repetition_penalty=texts.default("repetition_penalty"),
+        chat_templates=texts.chat_templates(),
+        generation=texts.generation,
     )
 
 

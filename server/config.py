@@ -85,7 +85,23 @@ class ServerConfig:
     template_timeout_s: float = field(
         default=1.0, metadata={"help": "time a chat template may take", "min": 0.001}
     )
-    chat_template: str = field(default="", metadata={"help": "file that replaces the model's chat template"})
+    chat_template: str = field(
+        default="", metadata={"help": "Jinja file that replaces the model's own chat templates"}
+    )
+    generation_config: str = field(
+        default="model",
+        metadata={
+            "help": "defaults of sampling: model = the model's own, none = OpenAI's, else a "
+            "generation_config.json or its folder"
+        },
+    )
+    override_generation_config: str = field(
+        default="",
+        metadata={
+            "help": "JSON object of such defaults that precede the others: temperature, top_p, top_k, min_p, "
+            "typical_p, repetition_penalty, max_new_tokens (of a chat), eos_token_id (one or a list)"
+        },
+    )
     request_timeout_s: float = field(
         default=600.0, metadata={"help": "deadline of a request; 0 = none. A request may ask for less"}
     )

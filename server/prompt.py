@@ -1,20 +1,29 @@
-"""From the messages of a chat to the prompt's text and ids, by the checkpoint's chat template."""
+"""From the messages of a chat to the prompt's text and ids, by the checkpoint's chat templates."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
+from server.chat_messages import TemplateTraits, fit_messages
 from server.special_text import FreeCharacters, SpecialTextMask, strings_in
 from server.template_process import TemplateError, TemplateLimits, TemplateProcess, TemplateUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from server.chat_messages import Message
     from server.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "RenderOptions", "TemplateError", "TemplateLimits", "TemplateUnavailable"]
+__all__ = [
+    "ChatTemplate",
+    "ChatTemplates",
+    "RenderOptions",
+    "TemplateError",
+    "TemplateLimits",
+    "TemplateUnavailable",
+]
 
-Message = dict[str, Any]
+DEFAULT, TOOL_USE, RAG = "default", "tool_use", "rag"  # the names that the hub gives templates
 
 
 class RenderOptions(TypedDict, total=False):
@@ -23,6 +32,43 @@ class RenderOptions(TypedDict, total=False):
     add_generation_prompt: bool  # default True
     continue_final_message: bool  # the prompt ends where the last message does; default False
     kwargs: Mapping[str, Any] | None  # the request's own variables for the template
+
+
+class ChatTemplates:
+    """A checkpoint's templates by name, most often one. Any thread may call."""
+
+    def __init__(self, templates: Mapping[str, ChatTemplate]) -> None:
+        self._templates = dict(templates)
+
+    def start(self) -> None:
+        """Start the process of the usual template; others start when they are asked for."""
+        for name, template in self._templates.items():
+            if name == DEFAULT:
+                template.start()
+
+    def check(self) -> None:
+        """Wait until the usual template is compiled. Raises TemplateError or TemplateUnavailable."""
+        self._pick({}).check()
+
+    def close(self) -> None:
+        for template in self._templates.values():
+            template.close()
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], **options: Unpack[RenderOptions]
+    ) -> tuple[str, list[int]]:
+        """As `ChatTemplate.encode`, of messages in whatever form OpenAI's clients send them."""
+        template = self._pick(options)
+        developer = "developer" in template.source
+        fitted = fit_messages(list(messages), template.traits(), developer=developer)
+        return template.encode(tokenizer, fitted, **options)
+
+    def _pick(self, options: RenderOptions) -> ChatTemplate:
+        wanted = {TOOL_USE: options.get("tools"), RAG: options.get("documents"), DEFAULT: True}
+        for name, is_wanted in wanted.items():
+            if is_wanted and name in self._templates:
+                return self._templates[name]
+        raise TemplateError(f"there is none for this; the model has {', '.join(sorted(self._templates))}")
 
 
 class ChatTemplate:
@@ -40,6 +86,7 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens or {})
         self._process = TemplateProcess(source, limits or TemplateLimits())
+        self._traits: TemplateTraits | None = None
 
     def start(self) -> None:
         """Start the process without waiting for it, so that the first rendering need not."""
@@ -51,6 +98,17 @@ class ChatTemplate:
 
     def close(self) -> None:
         self._process.close()
+
+    def traits(self) -> TemplateTraits:
+        """What the template can show, found once. Raises TemplateError when it does not compile, and
+        TemplateUnavailable; a template that goes beyond its bounds when tried counts as a usual one."""
+        if self._traits is None:
+            self.check()
+            try:
+                self._traits = TemplateTraits.of(self._process.traits(self._special_tokens))
+            except TemplateError:
+                self._traits = TemplateTraits()
+        return self._traits
 
     def render(self, messages: Sequence[Message], **options: Unpack[RenderOptions]) -> str:
         """The prompt's text. Raises TemplateError, TemplateUnavailable or NoFreeCharacter, in one line."""

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from server.config import ServerConfig
-    from server.prompt import ChatTemplate, RenderOptions
+    from server.prompt import ChatTemplates, RenderOptions
     from server.tokenizer import Tokenizer
     from server.wire.requests import ChatMessage, ChatRequest, TokenizeRequest
 
 RawPrompt = str | list[int]
 
 TEMPLATE_RETRY_S = 1
+NO_TEMPLATE = (
+    "The model has no chat template: use /v1/completions, or start the server with --chat-template FILE."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class PromptReader:
     """Turns raw prompts into ids within the model's limits. Raises ApiError (400)."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplates | None
     limits: ServerConfig
     max_model_len: int
     vocab_size: int
@@ -59,6 +62,7 @@ class PromptReader:
             body.messages,
             add_generation_prompt=not continued if begin is None else begin,
             continue_final_message=continued,
+            tools=body.tools or None,
             documents=body.documents,
             kwargs=body.chat_template_kwargs,
         )
@@ -69,7 +73,10 @@ class PromptReader:
         """The ids of /tokenize, which may be longer than the model's context."""
         if body.messages is not None:
             return self._encode_chat(
-                body.messages, add_generation_prompt=body.add_generation_prompt is not False
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt is not False,
+                tools=body.tools or None,
+                kwargs=body.chat_template_kwargs,
             )[1]
         assert body.prompt is not None
         if len(body.prompt) > self.limits.max_tokenize_chars:
@@ -82,17 +89,18 @@ class PromptReader:
     ) -> tuple[str, list[int]]:
         """The template's text and its ids; what users wrote never becomes a special token."""
         if self.template is None:
-            raise invalid("The model has no chat template; use /v1/completions.", "messages")
+            raise invalid(NO_TEMPLATE, "messages", "no_chat_template")
         if len(messages) > self.limits.max_messages:
             message = (
                 f"The request has {len(messages)} messages; at most {self.limits.max_messages} are taken."
             )
             raise invalid(message, "messages")
-        dicts = [self._as_dict(message) for message in messages]
+        dicts = [message.model_dump(exclude_unset=True) for message in messages]
         num_chars = {
             name: sum(map(len, strings_in(value)))
             for name, value in (
                 ("messages", dicts),
+                ("tools", options.get("tools")),
                 ("documents", options.get("documents")),
                 ("chat_template_kwargs", options.get("kwargs")),
             )
@@ -115,17 +123,6 @@ class PromptReader:
     def _encode(self, text: str, *, begin: bool) -> list[int]:
         """`begin`: with the beginning-of-sequence token, where the checkpoint wants one."""
         return self.tokenizer.encode_prompt(text) if begin else self.tokenizer.encode(text, special=True)
-
-    def _as_dict(self, message: ChatMessage) -> dict[str, Any]:
-        fields = message.model_dump(exclude_unset=True)
-        fields["content"] = message.content or ""
-        # OpenAI renamed the role; most templates know it by its old name only
-        if message.role == "developer" and "developer" not in self._template_source():
-            fields["role"] = "system"
-        return fields
-
-    def _template_source(self) -> str:
-        return self.template.source if self.template else ""
 
     def _check_chars(self, num_chars: int, param: str) -> None:
         if num_chars > self.max_model_len * self.limits.max_chars_per_token:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from scheduler.types import SamplingParams
@@ -13,34 +12,13 @@ from server.prompt_reader import check_token_ids, context_exceeded
 if TYPE_CHECKING:
     from collections.abc import Sized
 
-    from engine.checkpoint import Checkpoint
     from server.config import ServerConfig
+    from server.generation_defaults import GenerationDefaults
     from server.tokenizer import Tokenizer
     from server.wire.fields import GenerationFields
 
 SEED_MASK = 2**64 - 1
 MIN_TOP_P = 1e-6  # top_p of 0 means the likeliest token
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingDefaults:
-    """What applies when a request is silent; a checkpoint's generation_config may say otherwise."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> SamplingDefaults:
-        return cls(
-            temperature=_or(checkpoint.temperature, cls.temperature),
-            top_p=_or(checkpoint.top_p, cls.top_p),
-            top_k=int(_or(checkpoint.top_k, cls.top_k)),
-            min_p=_or(checkpoint.min_p, cls.min_p),
-            repetition_penalty=_or(checkpoint.repetition_penalty, cls.repetition_penalty),
-        )
 
 
 def check_limits(body: GenerationFields, limits: ServerConfig, vocab_size: int) -> None:
@@ -71,16 +49,15 @@ def check_max_tokens(body: GenerationFields, max_tokens: int | None, param: str)
 
 def base_sampling(
     body: GenerationFields,
-    defaults: SamplingDefaults,
+    defaults: GenerationDefaults,
     tokenizer: Tokenizer,
-    eos_token_ids: tuple[int, ...],
     vocab_size: int,
     *,
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
     """Everything but max_tokens, which depends on each prompt. Tokenises bad_words: not for the loop."""
-    eos_ids = () if body.ignore_eos else (token for token in eos_token_ids if token < vocab_size)
+    eos_ids = () if body.ignore_eos else (token for token in defaults.eos_token_ids if token < vocab_size)
     stop_ids = (*eos_ids, *(body.stop_token_ids or ()))
     allowed = body.allowed_token_ids
     sampling = SamplingParams(
@@ -89,7 +66,7 @@ def base_sampling(
         top_p=max(MIN_TOP_P, _or(body.top_p, defaults.top_p)),
         top_k=max(0, int(_or(body.top_k, defaults.top_k))),
         min_p=_or(body.min_p, defaults.min_p),
-        typical_p=_or(body.typical_p, 1.0),
+        typical_p=_or(body.typical_p, defaults.typical_p),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),

@@ -8,19 +8,19 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.checkpoint import Checkpoint, CheckpointError
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
+from server.chat_templates import check_named_file, load_templates
 from server.errors import ApiError, unavailable
+from server.generation_defaults import GenerationDefaults, generation_defaults
 from server.metrics import Metrics
-from server.prompt import ChatTemplate, TemplateError, TemplateLimits, TemplateUnavailable
+from server.prompt import TemplateError, TemplateUnavailable
 from server.prompt_reader import PromptReader
 from server.refusals import Refusal, draining
-from server.sampling import SamplingDefaults, base_sampling, check_limits, check_max_tokens, fit_max_tokens
+from server.sampling import base_sampling, check_limits, check_max_tokens, fit_max_tokens
 from server.streams import Generation, TextOptions
 from server.tenants import TenantLimits
 from server.text_threads import TextThreads
@@ -30,11 +30,13 @@ from server.version import octavo_version
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from engine.checkpoint import Checkpoint
     from engine.client import EngineClient
     from engine.messages import Ready, StepOutput
     from scheduler.types import SamplingParams
     from server.admission import Ticket
-    from server.config import Config, ServerConfig
+    from server.config import Config
+    from server.prompt import ChatTemplates
     from server.prompt_reader import Prompt
     from server.wire.fields import GenerationFields
 
@@ -64,10 +66,10 @@ class Job:
 class Service:
     config: Config
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplates | None
     checkpoint: Checkpoint
     client: EngineClient
-    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
         server, scheduler = self.config.server, self.config.engine.scheduler
@@ -199,7 +201,6 @@ class Service:
             job.body,
             self.defaults,
             self.tokenizer,
-            tuple(self.checkpoint.eos_token_ids),
             self.vocab_size,
             logprobs=job.logprobs,
             prompt_logprobs=job.prompt_logprobs,
@@ -247,7 +248,7 @@ class Service:
             include_stop=body.include_stop_str_in_output or False,
             skip_special=body.skip_special_tokens is not False,
             min_tokens=body.min_tokens or 0,
-            eos_token_ids=frozenset(self.checkpoint.eos_token_ids),
+            eos_token_ids=frozenset(self.defaults.eos_token_ids),
             discard_output=job.discard_output,
         )
 
@@ -342,30 +343,16 @@ class Service:
 
 def build_service(config: Config, checkpoint: Checkpoint, client: EngineClient) -> Service:
     """Read the checkpoint's text side. Raises CheckpointError, in one line."""
-    return Service(
-        config,
-        Tokenizer.from_checkpoint(checkpoint),
-        _template(config.server, checkpoint),
-        checkpoint,
-        client,
-        SamplingDefaults.of(checkpoint),
-    )
-
-
-def _template(config: ServerConfig, checkpoint: Checkpoint) -> ChatTemplate | None:
-    """The file named in the configuration, or the checkpoint's own; its process starts at once."""
-    source = checkpoint.chat_template
-    if config.chat_template:
-        try:
-            source = Path(config.chat_template).expanduser().read_text("utf-8")
-        except (OSError, UnicodeError) as error:
-            raise CheckpointError(f"chat_template {config.chat_template}: {error}") from error
-    if not source:
-        return None
-    limits = TemplateLimits(max_chars=config.max_template_output_chars, timeout_s=config.template_timeout_s)
-    template = ChatTemplate(source, checkpoint.special_tokens, limits)
-    template.start()
-    return template
+    templates = load_templates(config.server, checkpoint)
+    try:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+        defaults = generation_defaults(config.server, checkpoint, tokenizer)
+        check_named_file(config.server, templates)
+    except BaseException:
+        if templates is not None:
+            templates.close()
+        raise
+    return Service(config, tokenizer, templates, checkpoint, client, defaults)
 
 
 def new_id(prefix: str) -> str:

@@ -68,13 +68,21 @@ class TemplateProcess:
 
     def render(self, given: Mapping[str, Any], extra: Mapping[str, Any]) -> str:
         """The text. `extra` must not name what `given` or Jinja defines. Raises as `check` does."""
+        return str(self._ask({"given": dict(given), "extra": dict(extra)}))
+
+    def traits(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """What the template can show: see `template_worker.traits`. Raises as `check` does."""
+        found: dict[str, Any] = self._ask({"try_with": dict(variables)})
+        return found
+
+    def _ask(self, job: dict[str, Any]) -> Any:
         try:
-            job = _framed({"given": dict(given), "extra": dict(extra)})
+            frame = _framed(job)
         except (TypeError, ValueError, RecursionError) as error:
             raise TemplateError(f"the variables are not JSON: {error}") from error
         with self._turn():
-            self._send(job)
-            return str(self._result())
+            self._send(frame)
+            return self._result()
 
     def close(self) -> None:
         """End the worker. A later rendering starts another."""
@@ -129,7 +137,7 @@ class TemplateProcess:
             if not self._ready:
                 self._stop()
             raise TemplateError(answer["error"])
-        return answer["text"]
+        return answer["result"]
 
     def _receive(self, stream: IO[bytes]) -> Any:
         head = stream.read(4)

@@ -6,7 +6,8 @@ exponentially long, inside one call of C code). So the kernel bounds them: an al
 catches ends the process, and so does memory beyond the limit.
 
 Run as a script: it imports nothing of the server. Messages in both directions are JSON, each after its
-length in four bytes. The first one in is the template; each further one is the variables of a rendering.
+length in four bytes. The first one in is the template; each further one asks for a rendering, or for what
+the template can show.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+import jinja2.utils
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +49,21 @@ class GenerationBlock(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
+class Namespace(jinja2.utils.Namespace):
+    """Without names that begin with an underscore, which are Python's own."""
+
+    def __init__(*args: Any, **names: Any) -> None:  # `self` may be one of the names
+        self, *given = args
+        jinja2.utils.Namespace.__init__(self)
+        for name, value in dict(*given, **names).items():
+            self[name] = value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold '{name}'")
+        super().__setitem__(name, value)
+
+
 def make_environment() -> jinja2.Environment:
     """What templates on the hub are written for: the settings and additions of transformers."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -54,6 +72,7 @@ def make_environment() -> jinja2.Environment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["namespace"] = Namespace
     return environment
 
 
@@ -70,6 +89,65 @@ def render(template: jinja2.Template, job: dict[str, Any], max_chars: int) -> st
             raise RefusedByTemplate(f"its output is longer than {max_chars} characters")
         pieces.append(piece)
     return "".join(pieces)
+
+
+def traits(template: jinja2.Template, variables: dict[str, Any]) -> dict[str, Any]:
+    """What the template can show, found by trying: for each role, content as a string and as a list of
+    text parts; and whether a tool call's arguments may be an object. `variables`: the special tokens."""
+
+    def shown(*messages: dict[str, Any]) -> str:
+        given = {
+            "messages": list(messages),
+            "tools": [_TOOL],
+            "documents": None,
+            "add_generation_prompt": False,
+        }
+        try:
+            return template.render(variables | given)
+        except Exception:  # the template refuses such messages, or does not know them
+            return ""
+
+    def shows_object() -> bool:
+        text = shown(_USER, _call({_FIRST: _SECOND}))
+        return _FIRST in text and f"'{_FIRST}'" not in text  # as JSON or XML, not as Python prints it
+
+    return {
+        "string_roles": [role for role in _BEFORE if _FIRST in shown(*_with_content(role, _FIRST))],
+        "part_roles": [role for role in _BEFORE if _is_text_alone(shown(*_with_content(role, _PARTS)))],
+        "object_arguments": shows_object()
+        or _FIRST not in shown(_USER, _call(json.dumps({_FIRST: _SECOND}))),
+    }
+
+
+_FIRST, _SECOND = "octavo-first", "octavo-second"  # what the tries look for
+_PARTS = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
+_USER = {"role": "user", "content": "x"}
+_FUNCTION = {"name": "try", "description": "x", "parameters": {"type": "object", "properties": {}}}
+_TOOL = {"type": "function", "function": _FUNCTION}
+
+
+def _call(arguments: Any) -> dict[str, Any]:
+    function = {"name": "try", "arguments": arguments}
+    call = {"id": "octavo123", "type": "function", "function": function}  # Mistral wants nine characters
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+# Roles, and the messages that may come before one
+_BEFORE = {"user": [], "system": [], "assistant": [_USER], "tool": [_USER, _call({})]}
+
+
+def _with_content(role: str, content: Any) -> list[dict[str, Any]]:
+    message = {"role": role, "content": content}
+    if role == "tool":
+        message |= {"name": "try", "tool_call_id": "octavo123"}
+    return [*_BEFORE[role], message, *([] if role == "user" else [_USER])]
+
+
+def _is_text_alone(shown: str) -> bool:
+    """Whether both parts are there, and between them nothing of the list that they came in."""
+    _, found, rest = shown.partition(_FIRST)
+    between, also_found, _ = rest.partition(_SECOND)
+    return bool(found and also_found) and "text" not in between
 
 
 def _tojson(
@@ -89,11 +167,11 @@ def _raise_exception(message: str) -> NoReturn:
     raise RefusedByTemplate(str(message)[:500])
 
 
-def _answer(work: Callable[[], str], timeout_s: float) -> dict[str, str]:
+def _answer(work: Callable[[], Any], timeout_s: float) -> dict[str, Any]:
     """The result of `work()`, or why there is none, as it goes to the server."""
     signal.setitimer(signal.ITIMER_REAL, timeout_s)
     try:
-        return {"text": work()}
+        return {"result": work()}
     except MemoryError:
         return {"error": "it needs too much memory"}
     except RecursionError:
@@ -104,6 +182,10 @@ def _answer(work: Callable[[], str], timeout_s: float) -> dict[str, str]:
         return {"error": cause if line is None else f"line {line}: {cause}"}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _do(template: jinja2.Template, job: dict[str, Any], max_chars: int) -> Any:
+    return traits(template, job["try_with"]) if "try_with" in job else render(template, job, max_chars)
 
 
 def _read() -> Any:
@@ -128,15 +210,14 @@ def main() -> None:
     timeout_s, max_chars = setup["timeout_s"], setup["max_chars"]
     templates: list[jinja2.Template] = []
 
-    def compile_source() -> str:
+    def compile_source() -> None:
         templates.append(make_environment().from_string(setup["source"]))
-        return ""
 
     # The compiler works constant expressions out in advance, so it needs the alarm as well.
     _write(_answer(compile_source, timeout_s))
     while True:
         job = _read()
-        _write(_answer(partial(render, templates[0], job, max_chars), timeout_s))
+        _write(_answer(partial(_do, templates[0], job, max_chars), timeout_s))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         body = await read_body(request, service, parse)
         headers = name_ignored(request, service, body)
-        generation = await service.generate(_job(tenant_of(request, body), body))
+        generation = await service.generate(_job(service, tenant_of(request, body), body))
         view = ChatView(service, body, generation)
         if body.stream:
             return stream(request, service, generation, view.chunks_of, view.last, headers)
@@ -69,10 +69,13 @@ def _check(body: ChatRequest, limits: ServerConfig) -> None:
 def _refuse_unsupported(body: ChatRequest) -> None:
     if body.response_format is not None and body.response_format.type != "text":
         raise invalid("response_format: only the type 'text' is supported.", "response_format.type")
-    if body.tools:
-        raise invalid("tools are not supported.", "tools")
     if body.tool_choice not in (None, "none", "auto"):
-        raise invalid("tool_choice: tools are not supported; only 'none' is.", "tool_choice")
+        raise invalid("tool_choice: calls of tools are not supported; only 'none' is.", "tool_choice")
+    if body.tools and body.tool_choice != "none":
+        message = (
+            "tools: the model's calls are not parsed; tool_choice 'none' shows it the tools for its text."
+        )
+        raise invalid(message, "tools")
     if body.functions:
         raise invalid("functions are not supported.", "functions")
     if body.function_call not in (None, "none", "auto"):
@@ -87,7 +90,7 @@ def _max_tokens(body: ChatRequest) -> int | None:
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
-def _job(tenant: str, body: ChatRequest) -> Job:
+def _job(service: Service, tenant: str, body: ChatRequest) -> Job:
     return Job(
         id=new_id("chatcmpl"),
         tenant=tenant,
@@ -96,7 +99,7 @@ def _job(tenant: str, body: ChatRequest) -> Job:
         num_choices=body.n or 1,
         read_prompts=lambda reader: [reader.read_chat(body)],
         max_tokens=_max_tokens(body),
-        default_max_tokens=None,
+        default_max_tokens=service.defaults.max_new_tokens,
         max_tokens_param=_max_tokens_param(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,

@@ -24,7 +24,7 @@ PART_SCHEMA = {
     "properties": {"type": {"const": "text"}, "text": TEXT_SCHEMA},
     "required": ["type", "text"],
 }
-CONTENT_SCHEMA = {"anyOf": [TEXT_SCHEMA, {"type": "array", "items": PART_SCHEMA}]}
+CONTENT_SCHEMA = {"anyOf": [TEXT_SCHEMA, {"type": "array", "items": PART_SCHEMA}, {"type": "null"}]}
 
 
 class CompletionRequest(GenerationFields):
@@ -36,22 +36,37 @@ class CompletionRequest(GenerationFields):
     logprobs: TokenCount | None = None
 
 
-def _text_of(content: Any) -> Any:
-    """A list of text parts as one string; anything else as it is."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for position, part in enumerate(content):
+def _check_content(content: Any) -> Any:
+    """A list of text parts is let through; whether it stays one is for the chat template."""
+    if content is not None and not isinstance(content, str | list):
+        raise ValueError("must be a string or a list of text parts")
+    for position, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"part {position} is not a text part; this model reads text alone")
-        texts.append(part["text"])
-    return "\n".join(texts)
+    return content
+
+
+def _check_arguments(arguments: Any) -> Any:
+    if arguments is not None and not isinstance(arguments, str | dict):
+        raise ValueError("must be the text of a JSON object")
+    return arguments
+
+
+class FunctionCall(WireModel):
+    name: str
+    arguments: Annotated[Any, BeforeValidator(_check_arguments), WithJsonSchema(TEXT_SCHEMA)] = None
+
+
+class ToolCall(WireModel):
+    id: str | None = None
+    function: FunctionCall
 
 
 class ChatMessage(WireModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str, BeforeValidator(_text_of), WithJsonSchema(CONTENT_SCHEMA)] | None = None
+    content: Annotated[Any, BeforeValidator(_check_content), WithJsonSchema(CONTENT_SCHEMA)] = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ResponseFormat(WireModel):
@@ -66,7 +81,7 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: TokenCount | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
@@ -82,6 +97,8 @@ class TokenizeRequest(WireModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind, locate
+from engine.models.config import Rope
 from engine.weights import embedded, hub
 from tests.engine.weights.folder import write_json
 from tests.engine.weights.test_families import LLAMA
@@ -34,10 +35,11 @@ def test_the_default_is_the_embedded_model(smollm2_gguf: Path) -> None:
     assert checkpoint.name == "SmolLM2-135M-Instruct"
     assert (checkpoint.path, checkpoint.kind) == (smollm2_gguf, CheckpointKind.GGUF)
     assert checkpoint.sha256 == embedded.SHA256
-    assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.add_bos) == ((2,), 1, False)
+    assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.add_bos) == ((2, 0), 1, False)
     assert checkpoint.special_tokens["eos_token"] == "<|im_end|>"
     assert checkpoint.transformer.tie_embeddings
-    assert (checkpoint.transformer.rope_theta, checkpoint.transformer.rms_norm_eps) == (100000.0, 1e-5)
+    assert checkpoint.transformer.layers[0].rope == Rope(theta=100000.0, num_rotated=64)
+    assert checkpoint.transformer.rms_norm_eps == 1e-5
     assert locate(checkpoint.source) == checkpoint
 
 
@@ -89,7 +91,7 @@ def test_a_folder_says_what_it_knows(tmp_path: Path) -> None:
     assert (checkpoint.bos_token_id, checkpoint.add_bos) == (1, True)
     assert checkpoint.special_tokens == {"eos_token": "<end>", "bos_token": "<begin>"}
     assert checkpoint.chat_template == "yes"
-    assert (checkpoint.temperature, checkpoint.top_p, checkpoint.top_k) == (0.6, None, 20)
+    assert (checkpoint.generation["temperature"], checkpoint.generation["top_k"]) == (0.6, 20)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert locate(str(tmp_path)).chat_template == "{{ messages }}"
 

@@ -14,7 +14,9 @@ import pytest
 
 from engine.config import EngineConfig
 from scheduler.config import SchedulerConfig
+from server.chat_messages import TemplateTraits, fit_messages
 from server.config import Config, ServerConfig
+from server.generation_defaults import GenerationDefaults
 from server.listener import bind, url_of
 from server.serve import http_server
 from server.service import Service
@@ -30,8 +32,6 @@ MODEL = "org/fake"
 class PlainTemplate:
     """role: content, one message a line."""
 
-    source = ""
-
     def encode(
         self,
         tokenizer: ByteTokenizer,
@@ -40,7 +40,8 @@ class PlainTemplate:
         add_generation_prompt: bool = True,
         **rest: Any,
     ) -> tuple[str, list[int]]:
-        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        fitted = fit_messages(messages, TemplateTraits(), developer=False)
+        lines = [f"{message['role']}: {message['content']}\n" for message in fitted]
         text = "".join(lines) + ("assistant: " if add_generation_prompt else "")
         return text, tokenizer.encode(text, special=True)
 
@@ -97,12 +98,11 @@ def make_service(
     )
     checkpoint = SimpleNamespace(
         name=MODEL,
-        eos_token_ids=(EOS,),
         bos_token_id=None,
-        chat_template="",
         transformer=SimpleNamespace(max_positions=engine.max_model_len),
     )
-    return Service(config, tokenizer or ByteTokenizer(), PlainTemplate(), checkpoint, engine)  # type: ignore[arg-type]
+    defaults = GenerationDefaults(eos_token_ids=(EOS,))
+    return Service(config, tokenizer or ByteTokenizer(), PlainTemplate(), checkpoint, engine, defaults)  # type: ignore[arg-type]
 
 
 @contextmanager
