@@ -76,7 +76,8 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     checkpoint = locate(config.model, config.revision)
     max_model_len = _max_model_len(config, checkpoint)
     shape = for_context(checkpoint.transformer, max_model_len)
-    checkpoint = replace(checkpoint, transformer=shape)
+    adapter = Path(config.lora).expanduser() if config.lora else None
+    checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device, free_bytes(device))
     watch.lap("load weights")

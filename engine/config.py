@@ -17,6 +17,9 @@ class EngineConfig:
         metadata={"help": "folder, .gguf file or hub name; empty = the embedded SmolLM2-135M-Instruct"},
     )
     revision: str = field(default="", metadata={"help": "hub revision; empty = main"})
+    lora: str = field(
+        default="", metadata={"help": "folder of a PEFT LoRA adapter, merged into the weights; empty = none"}
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu or cuda", "choices": DEVICES})
     dtype: str = field(
         default="auto",

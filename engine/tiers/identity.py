@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 
 
 def kv_identity(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, page_size: int) -> bytes:
-    """Bytes that differ when the model's files, its shape, the page or the arithmetic differ.
+    """Bytes that differ when the files of model or adapter, its shape, the page or the arithmetic differ.
 
     Files are told apart by name, size and time of change: reading the weights again would delay every
     start. So a file that was only touched costs the cache, and never the right text.
     """
     folder = checkpoint.kind == CheckpointKind.FOLDER
     files = sorted(checkpoint.path.glob("*.safetensors")) if folder else [checkpoint.path]
+    if checkpoint.adapter is not None:
+        files += sorted(checkpoint.adapter.glob("adapter_*"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     arithmetic = (str(dtype), device.type, torch.__version__, ops.ARITHMETIC_VERSION)
     return repr((weights, checkpoint.transformer, page_size, arithmetic)).encode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from engine.weights.progress import progress_bar
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from engine.weights.adapter import Adapter
     from engine.weights.layout import Piece, Target
     from engine.weights.source import WeightSource
 
@@ -26,10 +27,11 @@ class Filling:
     source: WeightSource
     dtype: torch.dtype
     device: torch.device
+    adapter: Adapter | None = None
 
     def run(self, targets: list[Target]) -> dict[str, torch.Tensor]:
         """`targets` name only what the source has, in the right shapes."""
-        with self.source:
+        with self.source, self.adapter or nullcontext():
             weights = {target.name: self._allocated(target) for target in targets}
             jobs = [(target, piece) for target in targets for piece in target.pieces]
             total = sum(self.source.stored_bytes(piece.stored) for _, piece in jobs)
@@ -47,13 +49,17 @@ class Filling:
         return torch.empty(target.shape, dtype=self.dtype_of(target), device=self.device)
 
     def _fill(self, target: torch.Tensor, piece: Piece) -> None:
-        if piece.arrange is None and not piece.stacked:
+        adapter = self.adapter if self.adapter and self.adapter.changes(piece) else None
+        if piece.arrange is None and not piece.stacked and adapter is None:
             self.source.read_into(piece.stored, _place(target, piece, prod(piece.shape)).view(piece.shape))
             return
-        values = torch.empty(piece.shape, dtype=target.dtype, device=target.device)
+        dtype = torch.float32 if adapter else target.dtype
+        values = torch.empty(piece.shape, dtype=dtype, device=target.device)
         self.source.read_into(piece.stored, values)
         if piece.arrange is not None:
             values = piece.arrange(values)
+        if adapter is not None:
+            adapter.merge(piece, values)
         if piece.stacked:
             target[:, piece.row : piece.row + values.shape[1]] = values
         else:

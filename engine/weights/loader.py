@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind
+from engine.weights.adapter import Adapter
 from engine.weights.checksum import verified
 from engine.weights.filling import Filling
 from engine.weights.folder_source import folder_source
@@ -35,7 +36,10 @@ def load_weights(
     """
     started = time.perf_counter()
     source, targets = _plan(checkpoint)
-    filling = Filling(source, dtype, device)
+    adapter = Adapter(checkpoint.adapter) if checkpoint.adapter else None
+    if adapter is not None:
+        adapter.check(targets)
+    filling = Filling(source, dtype, device, adapter)
     if free_bytes is not None:
         _check_memory(checkpoint, filling, targets, free_bytes)
     with verified(checkpoint):
@@ -83,6 +87,8 @@ def _check_memory(checkpoint: Checkpoint, filling: Filling, targets: list[Target
 def _log(checkpoint: Checkpoint, filling: Filling, weights: dict[str, torch.Tensor], seconds: float) -> None:
     if filling.source.quantised_activations:
         logger.info("%s: activations are computed in full, not quantised", filling.source.format_name)
+    if checkpoint.adapter and filling.adapter:
+        logger.info("merged %s into %d modules", checkpoint.adapter, filling.adapter.num_modules)
     kept = sum(tensor.nbytes for tensor in weights.values())
     logger.info(
         "loaded %s (%s, %.1f MB) in %.2f s: %.1f MB of weights as %s on %s",

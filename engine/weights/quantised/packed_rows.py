@@ -82,9 +82,9 @@ def _widen(bits: int, kinds: tuple[str, ...], parts: Sequence[torch.Tensor], out
 
 def _zeros(stored: torch.Tensor | None, bits: int, rows: int, scales: torch.Tensor) -> torch.Tensor:
     """float32 [rows, groups]: what unsigned integers are counted from."""
-    offset = 2 ** (bits - 1)
+    offset = 1 << (bits - 1)
     if stored is None:
         return torch.full_like(scales, offset)
     if stored.dtype == torch.int32:
-        return along_rows(stored.T, bits).T[:rows].to(scales.dtype)
+        return along_rows(stored.t(), bits).t()[:rows].float()
     return (stored.float() + offset).reshape(-1, scales.shape[1]).expand(rows, -1)
