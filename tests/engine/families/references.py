@@ -196,7 +196,7 @@ def make_spiky(model: PreTrainedModel) -> None:
         elif "embed_tokens" in name:
             parameter.copy_(0.5 * noise(parameter))
         else:
-            spread = 2.0 if "q_proj" in name or "k_proj" in name or "qkv" in name else 1.2
+            spread = 1.5 if "q_proj" in name or "k_proj" in name or "qkv" in name else 1.0
             parameter.copy_(spread * noise(parameter) / model.config.hidden_size**0.5)
 
 

@@ -23,7 +23,7 @@ def test_logits_and_greedy_text(name: str, prompts: list[list[int]], tmp_path: P
     model = build(CASES[name])
     path = tmp_path / "model.gguf"
     write_gguf(model, CASES[name].gguf, path)
-    texts = serve(path, prompts, step_tokens=SLICED, num_tokens=12)
+    texts = serve(path, prompts, step_tokens=SLICED, num_tokens=40)
     for text, prompt in zip(texts, prompts, strict=True):
         assert_as_the_reference(text, prompt, model)
 
