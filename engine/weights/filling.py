@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from engine.weights.layout import Piece, Target
     from engine.weights.source import WeightSource
 
+_TEMPORARY_SHARE = 1 / 8  # of the weights' bytes, that pieces on their way may take on top
+
 
 @dataclass(frozen=True, slots=True)
 class Filling:
-    """Fills targets from a source. Peak memory is that of the targets and one piece for each thread."""
+    """Fills targets from a source. Peak memory is that of the targets and one piece for each thread; where
+    pieces are large, as all experts of a layer are, there are fewer threads."""
 
     source: WeightSource
     dtype: torch.dtype
@@ -35,26 +38,61 @@ class Filling:
             weights = {target.name: self._allocated(target) for target in targets}
             jobs = [(target, piece) for target in targets for piece in target.pieces]
             total = sum(self.source.stored_bytes(piece.stored) for _, piece in jobs)
-            with _workers() as pool, progress_bar("loading weights", total) as advance:
+            with (
+                _workers(self._num_threads(targets)) as pool,
+                progress_bar("loading weights", total) as advance,
+            ):
                 work = [pool.submit(self._fill, weights[target.name], piece) for target, piece in jobs]
                 for done, (_, piece) in zip(work, jobs, strict=True):
                     done.result()
                     advance(self.source.stored_bytes(piece.stored))
         return weights
 
-    def dtype_of(self, target: Target) -> torch.dtype:
+    def kept_bytes(self, targets: list[Target]) -> int:
+        """Of the weights themselves."""
+        return sum(prod(target.shape) * self._dtype_of(target).itemsize for target in targets)
+
+    def peak_bytes(self, targets: list[Target]) -> int:
+        """What `run` needs on the device."""
+        return self.kept_bytes(targets) + self._num_threads(targets) * self._temporary_bytes(targets)
+
+    def _temporary_bytes(self, targets: list[Target]) -> int:
+        """Of the largest piece that is not read straight into its place: as read, and arranged."""
+        return max(
+            (
+                prod(piece.shape) * (4 if self._is_adapted(piece) else self._dtype_of(target).itemsize) * 2
+                for target in targets
+                for piece in target.pieces
+                if not self._goes_straight(piece)
+            ),
+            default=0,
+        )
+
+    def _num_threads(self, targets: list[Target]) -> int:
+        """One core is left to the server, which starts at the same time, and to the hash."""
+        bound = int(self.kept_bytes(targets) * _TEMPORARY_SHARE) // max(1, self._temporary_bytes(targets))
+        return max(1, min(torch.get_num_threads() - 1, bound))
+
+    def _is_adapted(self, piece: Piece) -> bool:
+        return self.adapter is not None and self.adapter.changes(piece)
+
+    def _goes_straight(self, piece: Piece) -> bool:
+        return piece.arrange is None and not piece.stacked and not self._is_adapted(piece)
+
+    def _dtype_of(self, target: Target) -> torch.dtype:
         return torch.float32 if target.exact else self.dtype
 
     def _allocated(self, target: Target) -> torch.Tensor:
-        return torch.empty(target.shape, dtype=self.dtype_of(target), device=self.device)
+        return torch.empty(target.shape, dtype=self._dtype_of(target), device=self.device)
 
     def _fill(self, target: torch.Tensor, piece: Piece) -> None:
-        adapter = self.adapter if self.adapter and self.adapter.changes(piece) else None
-        if piece.arrange is None and not piece.stacked and adapter is None:
+        if self._goes_straight(piece):
             self.source.read_into(piece.stored, _place(target, piece, prod(piece.shape)).view(piece.shape))
             return
-        dtype = torch.float32 if adapter else target.dtype
-        values = torch.empty(piece.shape, dtype=dtype, device=target.device)
+        adapter = self.adapter if self._is_adapted(piece) else None
+        values = torch.empty(
+            piece.shape, dtype=torch.float32 if adapter else target.dtype, device=target.device
+        )
         self.source.read_into(piece.stored, values)
         if piece.arrange is not None:
             values = piece.arrange(values)
@@ -75,14 +113,13 @@ def _place(target: torch.Tensor, piece: Piece, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
     """Each thread has tensors of its own, and no operation is spread over threads: widening is thousands
-    of short operations, and where another process holds a core (the server starts at the same time) each
-    of them would wait for its other half. One core is left to that process and to the hash.
+    of short operations, and where another process holds a core each of them would wait for its other half.
     """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(max(1, num_threads - 1), thread_name_prefix="weights")
+    pool = ThreadPoolExecutor(count, thread_name_prefix="weights")
     try:
         yield pool
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from math import prod
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind
@@ -35,30 +34,44 @@ def load_weights(
     does not fit; and when the file is not the one whose SHA-256 the checkpoint promises.
     """
     started = time.perf_counter()
-    source, targets = _plan(checkpoint)
-    adapter = Adapter(checkpoint.adapter) if checkpoint.adapter else None
-    if adapter is not None:
-        adapter.check(targets)
-    filling = Filling(source, dtype, device, adapter)
-    if free_bytes is not None:
-        _check_memory(checkpoint, filling, targets, free_bytes)
+    filling, targets = _plan(checkpoint, dtype, device, free_bytes)
     with verified(checkpoint):
         weights = filling.run(targets)
     _log(checkpoint, filling, weights, time.perf_counter() - started)
     return weights
 
 
-def _plan(checkpoint: Checkpoint) -> tuple[WeightSource, list[Target]]:
-    """Read the headers and check every piece against them."""
-    config = checkpoint.transformer
+def check_weights(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, free_bytes: int
+) -> tuple[str, int]:
+    """What `load_weights` would raise before it reads anything; else the format that the weights are stored
+    in, for people, and the bytes that they would take."""
+    filling, targets = _plan(checkpoint, dtype, device, free_bytes)
+    return filling.source.format_name, filling.kept_bytes(targets)
+
+
+def _plan(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, free_bytes: int | None
+) -> tuple[Filling, list[Target]]:
+    """Read the headers, and check everything that can be checked by them."""
+    source = _source(checkpoint)
+    layout = folder_targets if checkpoint.kind is CheckpointKind.FOLDER else gguf_targets
+    found = layout(checkpoint.transformer, source.names)
+    targets = [_checked(checkpoint, source, target) for target in found]
+    adapter = Adapter(checkpoint.adapter) if checkpoint.adapter else None
+    if adapter is not None:
+        adapter.check(targets)
+    filling = Filling(source, dtype, device, adapter)
+    if free_bytes is not None:
+        _check_memory(checkpoint, filling, targets, free_bytes)
+    return filling, targets
+
+
+def _source(checkpoint: Checkpoint) -> WeightSource:
     if checkpoint.kind is CheckpointKind.FOLDER:
-        source = folder_source(checkpoint.path)
-        targets = folder_targets(config, source.names)
-    else:
-        assert checkpoint.gguf is not None, "a GGUF checkpoint carries its parsed header"
-        source = gguf_source(checkpoint.gguf)
-        targets = gguf_targets(config, source.names)
-    return source, [_checked(checkpoint, source, target) for target in targets]
+        return folder_source(checkpoint.path)
+    assert checkpoint.gguf is not None, "a GGUF checkpoint carries its parsed header"
+    return gguf_source(checkpoint.gguf)
 
 
 def _checked(checkpoint: Checkpoint, source: WeightSource, target: Target) -> Target:
@@ -75,11 +88,11 @@ def _checked(checkpoint: Checkpoint, source: WeightSource, target: Target) -> Ta
 
 
 def _check_memory(checkpoint: Checkpoint, filling: Filling, targets: list[Target], free_bytes: int) -> None:
-    needed = sum(prod(target.shape) * filling.dtype_of(target).itemsize for target in targets)
+    needed = filling.peak_bytes(targets)
     if needed > free_bytes:
         kind = str(filling.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{checkpoint.path}: the weights take {needed} bytes as {kind} on {filling.device}, {free_bytes} "
+            f"{checkpoint.path}: loading takes {needed} bytes as {kind} on {filling.device}, {free_bytes} "
             f"are free: take a smaller model, a dtype of two bytes, or free memory"
         )
 
