@@ -15,11 +15,14 @@ _MAX_PENDING = 32  # more tokens than any character has bytes: the model is writ
 
 
 class IncrementalDetokenizer:
-    """However the tokens are cut into pushes, the pieces joined are the text of all tokens at once."""
+    """However the tokens are cut into pushes, the pieces joined are the text of all tokens at once.
+
+    The tokens go on where others ended: a space before the first of them is shown.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._reader = (
-            _Bytes(tokenizer, skip_special) if tokenizer.is_byte_level else _Prefixes(tokenizer, skip_special)
+            _Bytes(tokenizer, skip_special) if tokenizer.joins_bytes else _Prefixes(tokenizer, skip_special)
         )
 
     def push(self, ids: Iterable[int]) -> str:
@@ -32,7 +35,7 @@ class IncrementalDetokenizer:
 
 
 class _Bytes:
-    """For byte-level vocabularies, where the text is the tokens' bytes put together."""
+    """For vocabularies where the text is the tokens' bytes put together."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
@@ -49,7 +52,7 @@ class _Bytes:
 
 
 class _Prefixes:
-    """For every other vocabulary, whose decoder wants to see a token's neighbours (SentencePiece).
+    """For every other vocabulary, whose decoder wants to see a token's neighbours (WordPiece).
 
     The new text is the difference between decoding a few shown tokens, and those with the new ones.
     """

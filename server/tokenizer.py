@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
-
-from engine.checkpoint import Checkpoint, CheckpointError
-from server import byte_level, vocabulary
+from server import vocabulary
+from server.token_bytes import Spelling, TokenBytes
+from server.vocabulary.document import library_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from tokenizers import AddedToken
+
+    from engine.checkpoint import Checkpoint
+    from server.vocabulary import Vocabulary
 
 
 class Tokenizer:
@@ -26,44 +27,42 @@ class Tokenizer:
     """
 
     def __init__(
-        self, backend: Backend, *, add_bos: bool | None = None, bos_token_id: int | None = None
+        self, vocabulary: Vocabulary, *, add_bos: bool | None = None, bos_token_id: int | None = None
     ) -> None:
-        """`backend` is taken over. `add_bos` None: as the backend's own post-processor does."""
-        self._backend = backend
-        self._plain = _without_special(backend)
+        """`add_bos`, `bos_token_id` None: as the vocabulary says."""
+        backend = vocabulary.marked
+        self._marked = backend
+        self._plain = vocabulary.plain
         self._added = dict(backend.get_added_tokens_decoder())
         self._special_ids = {token.content: index for index, token in self._added.items() if token.special}
         self._special_id_set = frozenset(self._special_ids.values())
         self._special_pattern = _pattern(token for token in self._added.values() if token.special)
-        self._bytes: dict[int, bytes] = {}
-        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        self._bytes = TokenBytes(backend, {index: token.content for index, token in self._added.items()})
+        self.joins_bytes = self._bytes.spelling is not Spelling.OTHER
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         leading = backend.encode("", add_special_tokens=True).ids[:1]
-        self.add_bos = bool(leading) if add_bos is None else add_bos
-        self.bos_token_id = leading[0] if leading and bos_token_id is None else bos_token_id
+        wanted = vocabulary.add_bos if add_bos is None else add_bos
+        found = vocabulary.bos_token_id if bos_token_id is None else bos_token_id
+        self.add_bos = bool(leading) if wanted is None else wanted
+        self.bos_token_id = leading[0] if leading and found is None else found
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
         """Raises CheckpointError when there is no vocabulary, or it is of a kind that is not supported."""
-        if checkpoint.gguf is None:
-            backend = vocabulary.from_json(checkpoint.path / "tokenizer.json")
-        else:
-            try:
-                backend = vocabulary.from_gguf(checkpoint.gguf.metadata)
-            except CheckpointError as error:
-                raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        found = vocabulary.load(checkpoint)
         bos = checkpoint.special_tokens.get("bos_token")
-        bos_id = backend.token_to_id(bos) if bos else None
+        bos_id = found.marked.token_to_id(bos) if bos else None
         return cls(
-            backend,
+            found,
             add_bos=checkpoint.add_bos,
             bos_token_id=checkpoint.bos_token_id if bos_id is None else bos_id,
         )
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of `text`, in time near linear in its length, without the interpreter lock."""
-        backend = self._backend if special else self._plain
-        return backend.encode(_scalar_values(text), add_special_tokens=False).ids
+        backend = self._marked if special else self._plain
+        with library_errors("a text"):
+            return backend.encode(_scalar_values(text), add_special_tokens=False).ids
 
     def encode_masked(self, text: str, plain: Mapping[str, str]) -> list[int]:
         """As `encode(text, special=True)`, but each character that is a key of `plain` is read as the
@@ -86,19 +85,23 @@ class Tokenizer:
             return [self.bos_token_id, *ids]
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Unknown ids have no text."""
-        if not self.is_byte_level:
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int], skip_special: bool = True, *, begins: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Unknown ids have no text.
+
+        `begins`: the ids are a text's first ones. The space that SentencePiece puts before a text is left
+        out then; in the middle of a text it is the space between two words.
+        """
+        if not self.joins_bytes:
+            return self._marked.decode(list(ids), skip_special_tokens=skip_special)
         kept = (token for token in ids if not (skip_special and self.is_special(token)))
-        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+        raw = b"".join(map(self.token_bytes, kept))
+        if begins and self._bytes.strips_space:
+            raw = raw.removeprefix(b" ")
+        return raw.decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes of one token; an added token's are its text in UTF-8, an unknown id has none."""
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._bytes_of(token)
-        return found
+        return self._bytes.of(token)
 
     def is_special(self, token: int) -> bool:
         return token in self._special_id_set
@@ -109,27 +112,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the tokenizer.json that this is."""
-        self._backend.save(str(path))
-
-    def _bytes_of(self, token: int) -> bytes:
-        added = self._added.get(token)
-        if added is not None:
-            return added.content.encode()
-        text = self._backend.id_to_token(token) if 0 <= token < 2**32 else None
-        if text is None:
-            return b""
-        return byte_level.to_bytes(text) if self.is_byte_level else _sentencepiece_bytes(text)
-
-
-def _without_special(backend: Backend) -> Backend:
-    """A second front to the same vocabulary, which reads the text of special tokens as plain text."""
-    plain = Backend(backend.model)
-    plain.normalizer = backend.normalizer
-    plain.pre_tokenizer = backend.pre_tokenizer
-    added = backend.get_added_tokens_decoder()
-    plain.add_tokens([added[index] for index in sorted(added)])
-    plain.encode_special_tokens = True
-    return plain
+        self._marked.save(str(path))
 
 
 def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
@@ -148,10 +131,3 @@ def _scalar_values(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode()
     return text
-
-
-def _sentencepiece_bytes(token: str) -> bytes:
-    """SentencePiece writes a space as U+2581, and a single byte as <0xE2>."""
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("\u2581", " ").encode()

@@ -21,10 +21,13 @@ SERVER_SEES = {
     "engine.checkpoint",
     "engine.client",
     "engine.config",
+    "engine.description",  # of `octavo models`
     "engine.messages",
     "engine.models.config",
     "engine.weights",  # .embedded: where the default model lies
     "engine.weights.gguf",
+    "engine.weights.json_files",
+    "engine.weights.json_files",
     "scheduler.config",
     "scheduler.costs",
     "scheduler.machine",

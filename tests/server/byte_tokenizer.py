@@ -11,7 +11,7 @@ BOS, EOS = 256, 257
 class ByteTokenizer:
     vocab_size: int = 258
     add_bos: bool = False
-    is_byte_level: bool = True
+    joins_bytes: bool = True
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         return [*text.encode()]

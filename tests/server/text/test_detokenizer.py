@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.detokenizer import IncrementalDetokenizer
-from tests.server.text.test_tokenizer import sentencepiece_like
+from tests.server.text.test_tokenizer import sentencepiece_like, word_pieces
 
 if TYPE_CHECKING:
     from server.tokenizer import Tokenizer
@@ -73,7 +73,15 @@ def test_special_tokens_are_shown_on_request(smollm2: Tokenizer, skip_special: b
 
 @relaxed
 @given(text=st.text("hi é🙂", max_size=20), cuts=sizes)
-def test_other_vocabularies_go_through_their_own_decoder(text: str, cuts: list[int]) -> None:
+def test_sentencepiece_comes_back_with_the_space_before_it(text: str, cuts: list[int]) -> None:
     tokenizer = sentencepiece_like()
     ids = tokenizer.encode(text, special=False)
-    assert "".join(pieces(tokenizer, ids, cuts, True)) == tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text
+    assert "".join(pieces(tokenizer, ids, cuts, True)) == tokenizer.decode(ids, begins=False)
+
+
+@relaxed
+@given(ids=st.lists(st.integers(0, 5), max_size=20), cuts=sizes)
+def test_other_vocabularies_go_through_their_own_decoder(ids: list[int], cuts: list[int]) -> None:
+    tokenizer = word_pieces()
+    assert "".join(pieces(tokenizer, ids, cuts, True)) == tokenizer.decode(ids)

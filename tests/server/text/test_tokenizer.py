@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
 from engine.checkpoint import CheckpointError, locate
 from server.tokenizer import Tokenizer
+from server.vocabulary import sentencepiece
+from server.vocabulary.document import build
+from server.vocabulary.sentencepiece import Piece, PieceType, Rules
 
 VECTORS = Path(os.environ.get("OCTAVO_VECTORS", Path(__file__).parents[4] / "shared" / "vectors"))
 END = 2  # <|im_end|>
@@ -117,11 +119,13 @@ def with_metadata(path: Path, **change: Any) -> Tokenizer:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model = 'llama'"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre = 'tekken'"),
+        ({"model": "llama"}, "tokenizer.ggml.scores"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'"),
+        ({"model": 7}, "tokenizer.ggml.model is '7'"),
+        ({"pre": "whitespace"}, "tokenizer.ggml.pre = 'whitespace'"),
         ({"tokens": ()}, "tokenizer.ggml.tokens"),
         ({"merges": 7}, "tokenizer.ggml.merges"),
-        ({"merges": ("x nowhere",)}, "tokenizer.ggml.merges"),
+        ({"merges": ("x nowhere",)}, "Token `nowhere` out of vocabulary"),
         ({"merges": ("nospace",)}, "tokenizer.ggml.merges"),
         ({"token_type": (1, 2)}, "tokenizer.ggml.token_type"),
     ],
@@ -145,7 +149,7 @@ def test_a_vocabulary_that_is_not_supported_is_refused(
     ],
 )
 def test_pre_tokenisers(smollm2_gguf: Path, pre: str, text: str, pieces: list[str]) -> None:
-    cut = with_metadata(smollm2_gguf, pre=pre)._backend.pre_tokenizer.pre_tokenize_str(text)
+    cut = with_metadata(smollm2_gguf, pre=pre)._marked.pre_tokenizer.pre_tokenize_str(text)
     assert [text[start:end] for _, (start, end) in cut] == pieces
 
 
@@ -190,23 +194,33 @@ LLAMA_CONFIG = {
 
 def sentencepiece_like() -> Tokenizer:
     """BPE with byte fallback and U+2581 for spaces, as the first Llamas have it."""
-    vocabulary = {"<s>": 0, "\u2581": 1, "h": 2, "i": 3, "\u2581h": 4, "\u2581hi": 5}
-    vocabulary |= {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
-    merges = [("\u2581", "h"), ("\u2581h", "i")]
-    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token=None))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens([AddedToken("<s>", special=True, normalized=False)])
-    return Tokenizer(backend)
+    texts = ["<s>", "\u2581", "h", "i", "\u2581h", "\u2581hi", *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds = [PieceType.CONTROL, *[PieceType.NORMAL] * 5, *[PieceType.BYTE] * 256]
+    pieces = [Piece(text, -index, kind) for index, (text, kind) in enumerate(zip(texts, kinds, strict=True))]
+    rules = Rules(unigram=False, prefix=True, merge_spaces=False, unknown_id=None)
+    made = sentencepiece.document(pieces, rules, [sentencepiece.added_token(0, "<s>", PieceType.CONTROL)])
+    return Tokenizer(build(made))
+
+
+def test_sentencepiece_puts_a_space_before_a_text() -> None:
+    tokenizer = sentencepiece_like()
+    ids = tokenizer.encode("hi hi é", special=False)
+    assert ids[:2] == [5, 5]
+    assert tokenizer.decode(ids) == "hi hi é"
+    assert tokenizer.decode(ids, begins=False) == " hi hi é"
+    assert b"".join(map(tokenizer.token_bytes, ids)) == " hi hi é".encode()
+
+
+def word_pieces() -> Tokenizer:
+    """A vocabulary whose decoder wants to see a token's neighbours."""
+    vocabulary = {"[UNK]": 0, "hi": 1, "##hi": 2, "é": 3, "##é": 4}
+    model = {"type": "WordPiece", "vocab": vocabulary, "unk_token": "[UNK]"}
+    model |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    decoder = {"type": "WordPiece", "prefix": "##", "cleanup": False}
+    return Tokenizer(build({"model": model, "decoder": decoder, "pre_tokenizer": {"type": "Whitespace"}}))
 
 
 def test_another_decoder_is_followed() -> None:
-    tokenizer = sentencepiece_like()
-    assert not tokenizer.is_byte_level
-    ids = tokenizer.encode("hi hi é", special=False)
-    assert tokenizer.decode(ids) == "hi hi é"
-    assert b"".join(map(tokenizer.token_bytes, ids)) == " hi hi é".encode()
+    tokenizer = word_pieces()
+    assert not tokenizer.joins_bytes
+    assert tokenizer.decode(tokenizer.encode("hihié hi", special=False)) == "hihié hi"
