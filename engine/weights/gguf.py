@@ -131,6 +131,11 @@ class _Reader:
             if key in metadata:
                 self._fail("occurs twice")
             metadata[key] = self._value(self._scalar("I"))
+        if metadata.get("split.count", 1) not in (0, 1):
+            raise CheckpointError(
+                f"{self.path}: one of {str(metadata['split.count'])[:20]} parts of a model, which is not "
+                f"supported: merge them with llama-gguf-split --merge"
+            )
         alignment = self._alignment(metadata)
         infos = [self._tensor(index) for index in range(num_tensors)]
         start = -(-self.pos // alignment) * alignment
@@ -139,6 +144,7 @@ class _Reader:
             if name in tensors:
                 raise CheckpointError(f"{self.path}: tensor '{name}' occurs twice")
             tensors[name] = self._placed(name, shape, kind, start, offset, alignment)
+        self._check_apart(tensors)
         return GGUFFile(self.path, metadata, tensors, self.size)
 
     def _preamble(self) -> tuple[int, int]:
@@ -188,6 +194,16 @@ class _Reader:
                 f"ends at byte {start + offset + num_bytes}, but the file has {self.size} bytes (truncated?)"
             )
         return TensorInfo(name, shape, kind, start + offset, num_bytes)
+
+    def _check_apart(self, tensors: dict[str, TensorInfo]) -> None:
+        end, last = 0, ""
+        for info in sorted(tensors.values(), key=lambda info: info.offset):
+            if info.offset < end:
+                raise CheckpointError(
+                    f"{self.path}: tensor '{info.name}' begins at byte {info.offset}, within '{last}', which "
+                    f"ends at {end}"
+                )
+            end, last = info.offset + info.num_bytes, info.name
 
     def _value(self, kind: Scalar) -> Value:
         if kind == _STRING:

@@ -117,6 +117,19 @@ def test_a_key_or_tensor_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     assert "'aa' occurs twice" in refusal(tmp_path, raw.replace(make.text("ab"), make.text("aa")))
 
 
+def test_tensors_within_each_other_are_refused(tmp_path: Path) -> None:
+    raw = make.gguf({}, {"aa": ((16,), 0, bytes(64)), "ab": ((4,), 0, bytes(16))})
+    second = struct.pack("<IQIQ", 1, 4, 0, 64)
+    assert second in raw
+    said = refusal(tmp_path, raw.replace(second, struct.pack("<IQIQ", 1, 4, 0, 32)))
+    assert "'ab' begins at byte" in said
+    assert "within 'aa'" in said
+
+
+def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:
+    assert "one of 3 parts of a model" in refusal(tmp_path, make.gguf({"split.count": 3}, {}))
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
         read_gguf(tmp_path / "none.gguf")
