@@ -35,6 +35,26 @@ _RANGES = {
     "repetition_penalty": (sys.float_info.min, 10.0),
     "max_new_tokens": (1, 2**31 - 1),
 }
+# What changes a text in Hugging Face's own generation, and is not read here
+_UNREAD = (
+    "num_beams",
+    "num_beam_groups",
+    "penalty_alpha",
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "bad_words_ids",
+    "sequence_bias",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "guidance_scale",
+    "min_new_tokens",
+    "stop_strings",
+)
 _WHOLE = frozenset({"top_k", "max_new_tokens"})
 _SHOWN_CHARS = 80
 
@@ -74,6 +94,11 @@ def generation_defaults(
         if _END_IDS in overrides:
             ends = _end_ids("override_generation_config", overrides)
     return GenerationDefaults(**values, eos_token_ids=tuple(dict.fromkeys(ends)))
+
+
+def unread(generation: Mapping[str, Any]) -> list[str]:
+    """What a generation_config.json asks for that is not applied."""
+    return [name for name in _UNREAD if generation.get(name) not in (None, 0, 1, [])]
 
 
 def _given(setting: str, checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]]:

@@ -27,7 +27,6 @@ SERVER_SEES = {
     "engine.weights",  # .embedded: where the default model lies
     "engine.weights.gguf",
     "engine.weights.json_files",
-    "engine.weights.json_files",
     "scheduler.config",
     "scheduler.costs",
     "scheduler.machine",

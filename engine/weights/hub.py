@@ -8,15 +8,26 @@ from pathlib import Path
 from engine.weights.errors import CheckpointError
 
 # What is read, and nothing else: no pickled weights, no code, no other formats' copies of the weights.
+# Adapters are named by their folder, GGUF files by their path.
 FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.json",
     "chat_template.jinja",
-    "model*.safetensors",
+    "additional_chat_templates/*.jinja",
     "model.safetensors.index.json",
+    "model*.safetensors",
+    "gptq_model*.safetensors",
 )
+# The library's patterns reach into folders, where other copies of the weights may lie.
+IGNORED = ("*/*.safetensors",)
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -35,7 +46,9 @@ def fetch(name: str, revision: str = "") -> Path:
 
     wanted = f"'{name}'" + (f" at revision '{revision}'" if revision else "")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=list(FILES), ignore_patterns=list(IGNORED)
+        )
     except LocalEntryNotFoundError as error:
         cause = error.__cause__ or error
         raise CheckpointError(
@@ -46,6 +59,15 @@ def fetch(name: str, revision: str = "") -> Path:
         raise CheckpointError(
             f"cannot fetch {wanted} from {constants.ENDPOINT}: {_first_line(error)}"
         ) from error
+    return _checked(Path(folder), wanted)
+
+
+def _checked(folder: Path, wanted: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{wanted} has no config.json: it is no folder of a model; a .gguf file is served by its own path"
+        )
+    return folder
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from engine.models.config import TransformerConfig
 from server import cli
-from server.commands import models, serve
+from server.commands import serve
 from server.settings import SETTINGS, SettingsError, load
 
 if TYPE_CHECKING:
@@ -164,35 +163,3 @@ def test_models_lists_what_serve_would_load(
     assert status_of("models") == 0
     starred = [line for line in capsys.readouterr().out.splitlines() if line.startswith("*")]
     assert starred == [f"* {tmp_path}  (file or folder)"]
-
-
-def test_the_embedded_model_is_described(capsys: pytest.CaptureFixture[str]) -> None:
-    from engine.weights.embedded import find_embedded
-
-    path = find_embedded()
-    if path is None:
-        pytest.skip("the default model is not installed")
-    assert status_of("models", str(path)) == 0
-    printed = capsys.readouterr().out
-    assert "134,515,008" in printed
-    assert "8,192 tokens" in printed
-    assert "23,040 bytes per token" in printed
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
-def test_parameters_are_counted_as_torch_counts_them(tied: bool, bias: bool) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24}
-    reference = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **sizes, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias,
-        )
-    )  # fmt: skip
-    shape = TransformerConfig(
-        **sizes, architecture="llama", num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4,
-        rms_norm_eps=1e-5, rope_theta=1e4, max_positions=64, tie_embeddings=tied,
-        attention_bias=bias, mlp_bias=bias,
-    )  # fmt: skip
-    assert models.num_parameters(shape) == sum(weight.numel() for weight in reference.parameters())

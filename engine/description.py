@@ -1,0 +1,147 @@
+"""What a checkpoint is, and what serving it on this machine would come to, without reading its weights.
+
+The description needs no torch; the trial does, which asks the engine's own rules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind
+from engine.models.context import for_context
+from engine.models.kv_groups import kv_groups
+from engine.weights.layout_folder import folder_targets
+from engine.weights.layout_gguf import gguf_targets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from engine.config import EngineConfig
+    from engine.models.config import TransformerConfig
+    from engine.weights.layout import Target
+
+KV_ITEM_BYTES = 2  # bfloat16, the default where the device has it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_parameters: int
+    num_active_parameters: int  # for one token: fewer where it chooses among experts
+    num_experts: int
+    experts_per_token: int
+    stored_bytes: int
+    vocab_size: int
+    max_positions: int
+    windows: tuple[
+        tuple[int, int], ...
+    ]  # (tokens that a layer sees, number of such layers), but for the full
+    chunks: tuple[tuple[int, int], ...]
+    num_layers_without_positions: int
+    rope_scaling: str  # kind and factor, "" where there is none
+    kv_bytes_per_token: int  # in two bytes a number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What the engine would have, had it just loaded the weights."""
+
+    device: str
+    dtype: str
+    weight_format: str
+    weight_bytes: int  # as they are computed with
+    free_bytes: int  # before
+    max_model_len: int
+    kv_bytes: int  # of all pages
+    kv_tokens: int  # that the pages hold, each in every layer
+    full_sequences: int  # of max_model_len tokens, at a time
+
+
+def describe(checkpoint: Checkpoint) -> Description:
+    """Facts of the configuration; the tensors are those that it needs, present or not."""
+    shape = checkpoint.transformer
+    experts = shape.experts
+    scaling = next((layer.rope.scaling for layer in shape.layers if layer.rope and layer.rope.scaling), None)
+    return Description(
+        architecture=shape.architecture,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_parameters=sum(prod(target.shape) for target in _targets(checkpoint)),
+        num_active_parameters=sum(_active(shape, target) for target in _targets(checkpoint)),
+        num_experts=experts.count if experts else 0,
+        experts_per_token=experts.per_token if experts else 0,
+        stored_bytes=checkpoint.size_bytes,
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
+        windows=tuple(sorted(Counter(layer.window for layer in shape.layers if layer.window).items())),
+        chunks=tuple(sorted(Counter(layer.chunk for layer in shape.layers if layer.chunk).items())),
+        num_layers_without_positions=sum(layer.rope is None for layer in shape.layers),
+        rope_scaling="" if scaling is None else f"{scaling.kind} x{scaling.factor:g}",
+        kv_bytes_per_token=shape.kv_values_per_token * KV_ITEM_BYTES,
+    )
+
+
+def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
+    """Everything that the engine checks before it reads weights. Raises CheckpointError, with its line."""
+    import torch
+
+    from engine import building
+    from engine.weights.loader import check_weights
+
+    try:
+        device = building._device(config.device)
+        dtype = building._dtype(config.dtype, device)
+        max_model_len = building._max_model_len(config, checkpoint)
+        shape = for_context(checkpoint.transformer, max_model_len)
+        adapter = Path(config.lora).expanduser() if config.lora else None
+        checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
+        free = building.free_bytes(device)
+        stored_as, weight_bytes = check_weights(checkpoint, dtype, device, free)
+        share = building.CPU_MEMORY_SHARE if device.type == "cpu" else building.GPU_MEMORY_SHARE
+        kv_bytes = config.kv_cache_bytes or int((free - weight_bytes) * share)
+        settings = building._with_pages(
+            replace(config, kv_cache_bytes=kv_bytes), checkpoint, dtype, device, max_model_len
+        )
+    except building.EngineConfigError as error:
+        raise CheckpointError(str(error)) from None
+    held = settings.num_pages * settings.page_size
+    item_bytes = torch.empty((), dtype=dtype).itemsize
+    pool_bytes = held * shape.kv_values_per_token * item_bytes
+    full = min(max_model_len, held)
+    return Trial(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        weight_format=stored_as,
+        weight_bytes=weight_bytes,
+        free_bytes=free,
+        max_model_len=full,
+        kv_bytes=pool_bytes,
+        kv_tokens=held,
+        full_sequences=pool_bytes // sequence_kv_bytes(shape, full, item_bytes),
+    )
+
+
+def sequence_kv_bytes(shape: TransformerConfig, num_tokens: int, item_bytes: int) -> int:
+    """What one sequence of so many tokens holds, when what no later token sees has been freed."""
+    per_layer = 2 * shape.num_kv_heads * shape.head_dim * item_bytes
+    seen = ((group.window or group.chunk or num_tokens, len(group.layers)) for group in kv_groups(shape))
+    return sum(per_layer * min(num_tokens, tokens) * layers for tokens, layers in seen)
+
+
+def _targets(checkpoint: Checkpoint) -> Iterator[Target]:
+    if checkpoint.kind is CheckpointKind.FOLDER:
+        return folder_targets(checkpoint.transformer, ())
+    return gguf_targets(checkpoint.transformer, ())
+
+
+def _active(shape: TransformerConfig, target: Target) -> int:
+    size = prod(target.shape)
+    if shape.experts is None or ".experts." not in target.name:
+        return size
+    return size // shape.experts.count * shape.experts.per_token
