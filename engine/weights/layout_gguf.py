@@ -42,7 +42,10 @@ _LAYER = {
 # Where a family differs; an empty name: it has no such tensor.
 _OWN: Mapping[str, Mapping[str, str]] = {
     "phi3": {"gate_up": "ffn_up", "gate": "", "up": ""},
-    "gpt-oss": {"mlp_norm": "post_attention_norm"},
+    "gpt-oss": {
+        "mlp_norm": "post_attention_norm",
+        **dict.fromkeys(("expert_gate", "expert_up", "expert_down"), ""),
+    },
 }
 # The converter brings the two rows of a rotary pair side by side, or finds them so.
 _NEIGHBOURS = ("llama", "mixtral", "llama4", "smollm3")

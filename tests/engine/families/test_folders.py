@@ -55,3 +55,13 @@ def test_logits_and_greedy_text(
     for text, prompt in zip(texts, prompts, strict=True):
         assert len(text.tokens) == len(prompt) + NUM_GREEDY
         assert_as_the_reference(text, prompt, model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_in_one_tensor_as_newer_files_may_have_them(
+    name: str, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    model = build(CASES[name])
+    model.save_pretrained(tmp_path, save_original_format=False)
+    (text,) = serve(tmp_path, prompts[1:], step_tokens=SLICED, num_tokens=8)
+    assert_as_the_reference(text, prompts[1], model)
