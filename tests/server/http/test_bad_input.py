@@ -108,6 +108,12 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 USER = {"role": "user", "content": "hi"}
+
+
+def called(function: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+
+
 CHAT: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),
@@ -133,6 +139,10 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}}, "response_format.type"),
     ({"response_format": {}}, "response_format.type"),
     ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [5], "tool_choice": "none"}, "tools.0"),
+    ({"tools": [{"x": "a" * 33_000}], "tool_choice": "none"}, "tools"),
+    ({"messages": [called({"arguments": "{}"})]}, "messages.0.tool_calls.0.function.name"),
+    ({"messages": [called({"name": "f", "arguments": 5})]}, "messages.0.tool_calls.0.function.arguments"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
     ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),

@@ -61,6 +61,19 @@ def test_harmless_tool_fields_are_accepted(server: Running) -> None:
     chat(server, max_tokens=1, tools=[], tool_choice="none", response_format={"type": "text"})
 
 
+def test_tools_are_shown_where_no_call_is_expected(server: Running) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "5"}]},
+    ]
+    chat(server, max_tokens=1, tools=[tool], tool_choice="none", messages=messages)
+    expected = b"user: hi\nassistant: \ntool: 5\nassistant: "
+    assert bytes(server.engine.requests[-1].prompt_ids) == expected
+
+
 def test_logprobs(server: Running) -> None:
     choice = chat(server, max_tokens=1, logprobs=True, top_logprobs=2)["choices"][0]
     assert choice["logprobs"] == {
