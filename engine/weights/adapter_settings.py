@@ -63,14 +63,18 @@ def read_settings(folder: Path) -> AdapterSettings:
         if value not in (None, False, [], {}):
             raise fields.unsupported(name, value)
     alphas = fields.within("alpha_pattern")
-    ranks = fields.within("rank_pattern")
+    ranks = fields.within("rank_pattern").values.values()
     return AdapterSettings(
         alpha=fields.number("lora_alpha", 8.0),
         alphas={_module_end(fields, end): alphas.number(end) for end in alphas.values},
-        ranks=frozenset({fields.count("r", 8), *(ranks.count(end) for end in ranks.values)}),
+        ranks=frozenset({fields.count("r", 8), *(_rank(fields, rank) for rank in ranks)}),
         by_square_root=fields.flag("use_rslora"),
         magnitudes=fields.flag("use_dora"),
     )
+
+
+def _rank(fields: Fields, value: object) -> int:
+    return Fields(fields.source, {"rank_pattern": value}).count("rank_pattern")
 
 
 def _module_end(fields: Fields, pattern: str) -> str:

@@ -172,6 +172,6 @@ def _from_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: lacks the object weight_map")
     for name, file in files.items():
         plain = isinstance(file, str) and file.isprintable() and not set(file) & {"/", "\\"}
-        if not plain or not file.endswith(".safetensors") or file.startswith("."):
+        if not plain or not name.isprintable() or not file.endswith(".safetensors") or file.startswith("."):
             raise CheckpointError(f"{path}: weight_map places {name[:80]!r} in {str(file)[:80]!r}")
     return files

@@ -122,6 +122,8 @@ def test_indices(tmp_path: Path) -> None:
     ):
         index({"a": file})
         assert "weight_map places 'a'" in refusal(tmp_path)
+    index({"a\n": "one.safetensors"})
+    assert "weight_map places 'a\\n'" in refusal(tmp_path)
     index({"a": "gone.safetensors"})
     assert "gone.safetensors: No such file" in refusal(tmp_path)
     index([])
