@@ -136,6 +136,7 @@ def _qwen3_moe_layers(fields: Fields, head_dim: int, count: int) -> tuple[Layer,
     dense = fields.values.get("mlp_only_layers") or ()
     if not isinstance(dense, list | tuple) or not all(type(index) is int for index in dense):
         raise fields.unsupported("mlp_only_layers", dense)
+    dense = frozenset(dense)
     step, window = fields.count("decoder_sparse_step", 1), windowed(fields)
     layer = Layer(rope=read_rope(fields, head_dim), window=window)
     return tuple(

@@ -25,6 +25,7 @@ _KNOWN = frozenset(
         "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor",
     }
 )  # fmt: skip
+_MOST_POSITIONS = 2**31 - 1
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -91,7 +92,7 @@ def stretched_positions(max_positions: int, scaling: RopeScaling | None) -> int:
     """How far a model reaches whose `max_position_embeddings` may be from before it was stretched."""
     if scaling is None or scaling.kind not in (ScalingKind.DYNAMIC, ScalingKind.YARN):
         return max_positions
-    return max(max_positions, int(scaling.original_max_positions * scaling.factor))
+    return max(max_positions, int(min(scaling.original_max_positions * scaling.factor, _MOST_POSITIONS)))
 
 
 def longrope_attention(factor: float, original: int) -> float:

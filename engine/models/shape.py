@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.models.config import TransformerConfig
+from engine.models.config import ScalingKind, TransformerConfig
 from engine.models.rotary_fields import stretched_positions
 from engine.weights.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from engine.models.config import Layer
+    from engine.models.config import Layer, Rope
     from engine.models.fields import Fields
 
 MAX_LAYERS = 1024
+MAX_EXPERTS = 1024  # of a layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,26 @@ def checked(config: TransformerConfig) -> TransformerConfig:
     if config.head_dim % 2:
         raise CheckpointError(f"the head size {config.head_dim} is odd; rotary positions need pairs")
     experts = config.experts
+    if experts is not None and experts.count > MAX_EXPERTS:
+        raise CheckpointError(f"{experts.count} experts are too many; the limit is {MAX_EXPERTS}")
     if experts is not None and experts.per_token > experts.count:
         raise CheckpointError(f"{experts.per_token} experts per token of {experts.count} cannot be chosen")
+    for rope in {layer.rope for layer in config.layers if layer.rope is not None}:
+        _check_rope(rope)
     return config
+
+
+def _check_rope(rope: Rope) -> None:
+    """Numbers from which no frequencies follow."""
+    scaling = rope.scaling
+    if rope.theta <= 1:
+        raise CheckpointError(f"the rotary base {rope.theta} is not above 1")
+    if scaling is None:
+        return
+    if scaling.kind is ScalingKind.DYNAMIC and rope.num_rotated <= 2:
+        raise CheckpointError(f"dynamic rotary scaling needs more than {rope.num_rotated} rotated numbers")
+    if scaling.kind is ScalingKind.LLAMA3 and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise CheckpointError(
+            f"low_freq_factor {scaling.low_freq_factor} is not below high_freq_factor "
+            f"{scaling.high_freq_factor}"
+        )
