@@ -46,15 +46,28 @@ def assert_as_the_reference(text: Text, prompt: list[int], model: PreTrainedMode
     assert text.tokens[len(prompt) :] == expected[len(prompt) - 1 : -1].argmax(1).tolist()
 
 
-@pytest.mark.parametrize("step_tokens", [WHOLE, SLICED])
+@pytest.fixture(scope="module")
+def texts(saved: tuple[PreTrainedModel, Path], prompts: list[list[int]]) -> list[Text]:
+    """Each prompt computed at once, beside the other one's."""
+    return serve(saved[1], prompts, step_tokens=WHOLE, num_tokens=NUM_GREEDY)
+
+
 def test_logits_and_greedy_text(
-    saved: tuple[PreTrainedModel, Path], prompts: list[list[int]], step_tokens: int
+    saved: tuple[PreTrainedModel, Path], prompts: list[list[int]], texts: list[Text]
 ) -> None:
-    model, folder = saved
-    texts = serve(folder, prompts, step_tokens=step_tokens, num_tokens=NUM_GREEDY)
     for text, prompt in zip(texts, prompts, strict=True):
         assert len(text.tokens) == len(prompt) + NUM_GREEDY
-        assert_as_the_reference(text, prompt, model)
+        assert_as_the_reference(text, prompt, saved[0])
+
+
+def test_every_logit_has_the_same_bits_however_its_prompt_was_cut(
+    saved: tuple[PreTrainedModel, Path], prompts: list[list[int]], texts: list[Text]
+) -> None:
+    sliced = serve(saved[1], prompts, step_tokens=SLICED, num_tokens=NUM_GREEDY)
+    alone = serve(saved[1], prompts[:1], step_tokens=50, num_tokens=8)
+    for one, other in zip(sliced, texts, strict=True):
+        assert torch.equal(one.logits, other.logits)
+    assert torch.equal(alone[0].logits, texts[0].logits[: len(alone[0].logits)])
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
