@@ -4,7 +4,10 @@ document.py        a tokenizer.json document to the library's tokeniser; every s
 folder.py          folders: tokenizer.json, or tokenizer.model, or vocab.json and merges.txt
 gguf.py            GGUF metadata
 pre_tokenizers.py  how byte-level BPE cuts a text into words, by name
+words.py           the patterns of these cuts
 sentencepiece.py   SentencePiece pieces and rules to a document
+scored_merges.py   their merges, where pieces share a score
+sentencepiece_file.py  reads tokenizer.model
 """
 
 from __future__ import annotations

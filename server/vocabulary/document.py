@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from engine.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from server.vocabulary.scored_merges import ScoredMerges
 
 Document = dict[str, Any]
 
@@ -49,8 +51,14 @@ class Vocabulary:
     bos_token_id: int | None = None
 
 
-def build(document: Document, *, add_bos: bool | None = None, bos_token_id: int | None = None) -> Vocabulary:
-    """The tokeniser of `document`. Raises CheckpointError.
+def build(
+    document: Document,
+    words: ScoredMerges | None = None,
+    *,
+    add_bos: bool | None = None,
+    bos_token_id: int | None = None,
+) -> Vocabulary:
+    """The tokeniser of `document`; `words` cuts what its own steps have cut. Raises CheckpointError.
 
     Truncation, padding and dropout are left out: they would cut, pad or vary the ids.
     """
@@ -59,13 +67,15 @@ def build(document: Document, *, add_bos: bool | None = None, bos_token_id: int 
     special = frozenset(entry["content"] for entry in added if entry.get("special") is True)
     with library_errors("the vocabulary"):
         model = _model(described, special)
-        marked = _around(model, document, added)
+        marked = _around(model, document, added, words)
         _check_ids(marked, added)
         marked.decode(marked.encode(_PROBE).ids)
-        plain = _around(model, document, [entry for entry in added if entry["content"] not in special])
+        plain = _around(model, document, [entry for entry in added if entry["content"] not in special], words)
         if _reaches(plain, special, {entry["id"] for entry in added if entry["content"] in special}):
             apart = _model(_renamed(described, special), special)
-            plain = _around(apart, document, [entry for entry in added if entry["content"] not in special])
+            plain = _around(
+                apart, document, [entry for entry in added if entry["content"] not in special], words
+            )
         plain.encode(_PROBE)
     return Vocabulary(marked, plain, add_bos, bos_token_id)
 
@@ -181,12 +191,18 @@ def _pairs(merges: object) -> list[tuple[str, str]]:
         raise CheckpointError("model.merges is not a list of pairs") from error
 
 
-def _around(model: Any, document: Document, added: list[dict[str, Any]]) -> Backend:
+def _around(
+    model: Any, document: Document, added: list[dict[str, Any]], words: ScoredMerges | None
+) -> Backend:
     """The steps of the document around `model`."""
     names = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     steps = {name: document.get(name) for name in names}
     backend = Backend.from_str(json.dumps({"version": "1.0", "model": _NO_MODEL, **steps}))
     backend.model = model
+    if words is not None:
+        cuts = [backend.pre_tokenizer] if backend.pre_tokenizer else []
+        last = pre_tokenizers.PreTokenizer.custom(words)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, last])
     backend.add_tokens([_added_token(entry) for entry in added])
     return backend
 

@@ -76,10 +76,14 @@ def _from_pieces(path: Path, added: list[Document], config: Mapping[str, Any], v
     ]
     known = {entry["content"] for entry in added}
     entries = [*(entry for entry in own if entry["content"] not in known), *added]
-    made = sentencepiece.document(pieces, rules, entries)
-    document.drop_beyond(made, vocab_size)
-    add_bos = config.get("add_bos_token", True)
-    return document.build(made, add_bos=add_bos is True, bos_token_id=model.bos_id)
+    return sentencepiece.build(
+        pieces,
+        rules,
+        entries,
+        add_bos=config.get("add_bos_token", True) is True,
+        bos_token_id=model.bos_id,
+        vocab_size=vocab_size,
+    )
 
 
 def _from_merges(

@@ -82,8 +82,8 @@ def _sentencepiece(metadata: Mapping[str, Value], *, unigram: bool) -> Vocabular
     )
     if _flag(metadata, "treat_whitespace_as_suffix", False):
         raise CheckpointError("tokenizer.ggml.treat_whitespace_as_suffix is not supported")
-    made = sentencepiece.document(pieces, rules, _added(metadata, texts, types))
-    return build(made, add_bos=not unigram, bos_token_id=None if unigram else 1)
+    added = _added(metadata, texts, types)
+    return sentencepiece.build(pieces, rules, added, add_bos=not unigram, bos_token_id=None if unigram else 1)
 
 
 def _added(metadata: Mapping[str, Value], texts: Sequence[str], types: Sequence[PieceType]) -> list[Document]:

@@ -85,7 +85,7 @@ _o200k = _words(words.O200K)
 _bloom = _words(words.BLOOM)
 _glm4 = replace(_llama3, ignore_merges=True)
 _bailing = _words(words.BAILING)
-_tiny_aya = _words(words.THREES_FROM_THE_RIGHT, words.O200K)
+_tiny_aya = _words(*words.TINY_AYA)
 
 _BY_NAME: dict[str, PreTokenizer] = {
     # What llama.cpp does with files that name none: a guess.
@@ -147,11 +147,11 @@ _BY_NAME: dict[str, PreTokenizer] = {
     "granite-embed-multi-97m": replace(_o200k, ignore_merges=True),
     **dict.fromkeys(("tiny_aya", "cohere2moe"), _tiny_aya),
     "kimi-k2": _words(words.KIMI),
-    "superbpe": _words(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    "superbpe": _words(*words.SUPERBPE),
     **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), _bailing),
     "exaone-moe": _words(words.EXAONE_MOE),
     "afmoe": _words(
-        words.THREES_FROM_THE_RIGHT,
+        *words.THREES,
         words.AFMOE_SCRIPTS,
         rf"{words.DEEPSEEK3_WORDS}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{words.SPACES}",
     ),

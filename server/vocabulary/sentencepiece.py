@@ -3,7 +3,7 @@
 SentencePiece (Kudo and Richardson 2018, https://aclanthology.org/D18-2012) merges whichever two neighbours
 make the piece of the highest score, the leftmost first. The Rust library merges by the rank of a pair. The
 two agree when every piece that two others make has a score of its own (as the trainer writes them), and the
-pairs that make the same piece are ranked as `_order` says.
+pairs that make the same piece are ranked as `_order` says; else `scored_merges.py` merges.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import CheckpointError
+from server.vocabulary import document, scored_merges
+from server.vocabulary.scored_merges import ScoredMerges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from server.vocabulary.document import Document
+    from server.vocabulary.document import Document, Vocabulary
 
 SPACE = "\u2581"
 _SPACE_WITHIN = re.compile(f"[^{SPACE}]{SPACE}")
@@ -57,15 +59,30 @@ class Rules:
     prefix_first_only: bool = False  # ... not before what follows a special token
 
 
-def document(pieces: Sequence[Piece], rules: Rules, added: list[Document]) -> Document:
-    """The tokenizer.json of `pieces`, whose index is their id. Raises CheckpointError."""
-    return {
+def build(
+    pieces: Sequence[Piece],
+    rules: Rules,
+    added: list[Document],
+    *,
+    add_bos: bool | None = None,
+    bos_token_id: int | None = None,
+    vocab_size: int | None = None,
+) -> Vocabulary:
+    """The tokeniser of `pieces`, whose index is their id, cut to the model's rows. Raises CheckpointError."""
+    scores = {piece.text: piece.score for piece in pieces if _in_text(piece)}
+    merges = [] if rules.unigram else _merges(scores)
+    made: Document = {
         "added_tokens": added,
         "normalizer": _normalizer(rules),
         "pre_tokenizer": _pre_tokenizer(pieces, rules),
         "decoder": decoder(strip=rules.prefix),
-        "model": _unigram(pieces, rules) if rules.unigram else _bpe(pieces, rules),
+        "model": _unigram(pieces, rules) if rules.unigram else _bpe(pieces, rules, merges),
     }
+    by_score = None if scored_merges.ranks_suffice(scores, merges) else ScoredMerges(scores)
+    if by_score is not None:
+        made["model"] |= {"merges": [], "ignore_merges": True}
+    document.drop_beyond(made, len(pieces) if vocab_size is None else vocab_size)
+    return document.build(made, by_score, add_bos=add_bos, bos_token_id=bos_token_id)
 
 
 def added_token(index: int, text: str, kind: PieceType) -> Document:
@@ -138,12 +155,12 @@ def _has_bytes(pieces: Sequence[Piece]) -> bool:
     return sum(_BYTE.fullmatch(piece.text) is not None for piece in pieces) == 256
 
 
-def _bpe(pieces: Sequence[Piece], rules: Rules) -> Document:
+def _bpe(pieces: Sequence[Piece], rules: Rules, merges: list[tuple[str, str]]) -> Document:
     unknown = _unknown(pieces, rules)
     return {
         "type": "BPE",
         "vocab": {piece.text: index for index, piece in enumerate(pieces)},
-        "merges": _merges({piece.text: piece.score for piece in pieces if _in_text(piece)}),
+        "merges": merges,
         "unk_token": None if unknown is None else pieces[unknown].text,
         "fuse_unk": True,
         "byte_fallback": _has_bytes(pieces),

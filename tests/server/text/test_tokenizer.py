@@ -198,8 +198,8 @@ def sentencepiece_like() -> Tokenizer:
     kinds = [PieceType.CONTROL, *[PieceType.NORMAL] * 5, *[PieceType.BYTE] * 256]
     pieces = [Piece(text, -index, kind) for index, (text, kind) in enumerate(zip(texts, kinds, strict=True))]
     rules = Rules(unigram=False, prefix=True, merge_spaces=False, unknown_id=None)
-    made = sentencepiece.document(pieces, rules, [sentencepiece.added_token(0, "<s>", PieceType.CONTROL)])
-    return Tokenizer(build(made))
+    added = [sentencepiece.added_token(0, "<s>", PieceType.CONTROL)]
+    return Tokenizer(sentencepiece.build(pieces, rules, added))
 
 
 def test_sentencepiece_puts_a_space_before_a_text() -> None:
