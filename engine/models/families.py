@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from engine.models.config import TransformerConfig
 
 
+_OUTER = ("tie_word_embeddings",)  # what a model around the text model decides for it
+
+
 def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
     """The transformer that a parsed config.json describes. Raises CheckpointError."""
     architectures = config.get("architectures")
@@ -31,7 +34,9 @@ def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
     own = Fields("config.json", config)
     if family.nested:
         own = own.within(family.nested)
-    fields = replace(own, values={**family.defaults, **own.values})  # null is a value: none of this
+    outer = {name: config[name] for name in _OUTER if family.nested and name in config}
+    # Null is a value: there is none of this.
+    fields = replace(own, values={**family.defaults, **own.values, **outer})
     for name, allowed in family.fixed.items():
         fields.check(name, *allowed)
     return checked(read_shape(family, fields))
