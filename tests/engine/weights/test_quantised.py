@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from engine.weights.errors import CheckpointError
 from engine.weights.folder_source import folder_source
@@ -239,3 +241,68 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "one that divides [4, 4]" in refusal(tmp_path, fp8, {"quant_method": "fp8"})
     del fp8["m.weight_scale"]
     assert "no tensor is so stored" in refusal(tmp_path, fp8, {"quant_method": "fp8"})
+
+
+SUFFIXES = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_shape",
+    "weight_zero_point",
+)
+SUFFIXES += ("weight_g_idx", "qweight", "qzeros", "scales", "g_idx", "experts_blocks", "experts_scales")
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64)
+DTYPES += (torch.float8_e4m3fn,)
+STORED = st.dictionaries(
+    st.sampled_from(SUFFIXES),
+    st.tuples(
+        st.sampled_from(DTYPES),
+        st.lists(st.sampled_from((0, 1, 2, 4, 8, 16)), max_size=4),
+        st.sampled_from((0, 1, 2, 8, 64, 120)),
+    ),
+    max_size=6,
+)
+CONFIGS = st.one_of(
+    st.sampled_from(
+        [
+            compressed(4),
+            compressed(8),
+            compressed(8, "float-quantized"),
+            compressed(8, "int-quantized", block_structure=[2, 4]),
+            {"quant_method": "fp8", "weight_block_size": [2, 4]},
+            {"quant_method": "mxfp4"},
+            {"quant_method": "awq", "group_size": 4},
+            {"quant_method": "gptq", "bits": 4, "group_size": 4},
+            {"quant_method": "gptq", "bits": 8, "group_size": -1},
+        ]
+    ),
+    st.fixed_dictionaries(
+        {"quant_method": st.sampled_from(["compressed-tensors", "fp8", "gptq", "awq", "mxfp4"])},
+        optional={
+            name: st.none() | st.integers(-2, 9) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+            for name in ("bits", "group_size", "weight_block_size", "config_groups", "format", "version")
+        },
+    ),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stored=STORED, quantisation=CONFIGS)
+def test_any_parts_are_read_or_refused(tmp_path: Path, stored: Any, quantisation: dict[str, Any]) -> None:
+    tensors = {
+        f"m.{suffix}": torch.full(shape, value).to(dtype) for suffix, (dtype, shape, value) in stored.items()
+    }
+    write(tmp_path, tensors, {"quantization_config": quantisation})
+    said = []
+    try:
+        source = folder_source(tmp_path)
+    except CheckpointError as error:
+        said.append(str(error))
+    else:
+        for name in source.names:
+            try:
+                read_one(source, name, torch.float32)
+            except CheckpointError as error:
+                said.append(str(error))
+    assert not any("\n" in line for line in said)
