@@ -15,7 +15,8 @@ _CHUNK_WEIGHTS = 2**20  # bounds the temporaries: a few times 4 MiB
 
 def along_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 or uint8 [n, w] -> uint8 [n, w * fields]: the lowest bits of a word are the first number."""
-    packed = words.contiguous().view(torch.uint8)
+    # As a vector first: the only row of a transposed matrix is contiguous, and yet has a stride.
+    packed = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
     if bits == 8:
         return packed
     fields = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]

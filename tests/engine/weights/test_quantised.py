@@ -47,9 +47,11 @@ def compressed(bits: int, form: str = "pack-quantized", **weights: Any) -> dict[
 
 @pytest.mark.parametrize("order", [False, True], ids=["in order", "g_idx"])
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zeros"])
+@pytest.mark.parametrize("rows", [4, 20], ids=["4 rows", "20 rows"])
 @pytest.mark.parametrize(("bits", "columns", "groups"), [(4, 64, 4), (4, 60, 1), (8, 64, 2), (2, 64, 64)])
-def test_packed_rows(tmp_path: Path, bits: int, columns: int, groups: int, zeros: bool, order: bool) -> None:
-    rows = 20
+def test_packed_rows(
+    tmp_path: Path, rows: int, bits: int, columns: int, groups: int, zeros: bool, order: bool
+) -> None:
     numbers = RNG.integers(0, 2**bits, (rows, columns))
     zero = RNG.integers(0, 2**bits, (rows, groups)) if zeros else np.full((rows, groups), 2 ** (bits - 1))
     scale = halves(rows, groups)
