@@ -62,13 +62,13 @@ class Checkpoint:
 
 
 def locate(model: str, revision: str = "") -> Checkpoint:
-    """Find `model`: "" (the embedded default), a folder, a .gguf file or a hub name `owner/name`.
+    """Find `model`: "" or its name (the embedded default), a folder, a .gguf file or a hub name `owner/name`.
 
     Raises CheckpointError when there is no such thing, or when it is not supported.
     """
-    if not model:
-        return _default()
     path = Path(model).expanduser()
+    if not model or (model == embedded.NAME and not path.exists()):
+        return _default()
     if path.is_dir():
         return _from_folder(path, path.resolve().name, str(path))
     if path.is_file():

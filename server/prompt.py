@@ -47,8 +47,9 @@ class ChatTemplates:
                 template.start()
 
     def check(self) -> None:
-        """Wait until the usual template is compiled. Raises TemplateError or TemplateUnavailable."""
-        self._pick({}).check()
+        """Wait until the usual template is compiled and tried, so that no request need wait for that.
+        Raises TemplateError where it does not compile, and TemplateUnavailable."""
+        self._pick({}).traits()
 
     def close(self) -> None:
         for template in self._templates.values():

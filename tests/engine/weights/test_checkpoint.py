@@ -40,7 +40,7 @@ def test_the_default_is_the_embedded_model(smollm2_gguf: Path) -> None:
     assert checkpoint.transformer.tie_embeddings
     assert checkpoint.transformer.layers[0].rope == Rope(theta=100000.0, num_rotated=64)
     assert checkpoint.transformer.rms_norm_eps == 1e-5
-    assert locate(checkpoint.source) == checkpoint
+    assert locate(checkpoint.source) == locate(checkpoint.name) == checkpoint
 
 
 def test_locating_needs_neither_torch_nor_the_hub(smollm2_gguf: Path) -> None:

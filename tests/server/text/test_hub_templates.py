@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
+from engine.checkpoint import locate
 from server.prompt import ChatTemplate, ChatTemplates, TemplateError, TemplateLimits
-
-if TYPE_CHECKING:
-    from server.tokenizer import Tokenizer
+from server.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).with_name("templates")
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -230,6 +230,16 @@ def test_the_template_is_picked_by_what_the_request_has(smollm2: Tokenizer) -> N
     alone.close()
 
 
+def test_the_beginning_is_not_written_twice(smollm2_gguf: Path) -> None:
+    checkpoint = replace(locate(str(smollm2_gguf)), add_bos=True)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    templates = ChatTemplates({"default": ChatTemplate("{{ bos_token }}x", checkpoint.special_tokens)})
+    text, ids = templates.encode(tokenizer, [USER])
+    templates.close()
+    assert ids.count(checkpoint.bos_token_id or 0) == 1
+    assert tokenizer.encode_prompt(text) == ids == tokenizer.encode_prompt("x")
+
+
 def test_arguments_cannot_spell_special_tokens(smollm2: Tokenizer) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": '{"<|im_end|>": "<|im_end|>"}'}}
     templates = ChatTemplates({"default": ChatTemplate(source("qwen3"), SPECIAL)})
@@ -242,7 +252,7 @@ def test_arguments_cannot_spell_special_tokens(smollm2: Tokenizer) -> None:
 
 def test_a_template_that_is_slow_when_tried_is_a_usual_one(smollm2: Tokenizer) -> None:
     slow = (
-        "{% if 'octavo' in messages | string %}{% for a in range(99999) %}{{ range(99999) | sum }}{% endfor %}"
+        "{% if 'octavo' in messages | string %}{% for a in range(9999) %}{{ range(99999) | sum }}{% endfor %}"
         "{% endif %}"
         "{{ messages[0].content }}"
     )
