@@ -28,6 +28,7 @@ _END_TEXTS = frozenset(
         "<end_of_turn>", "<|end|>", "<|return|>", "<|call|>", "<EOT>", "_<EOT>", "<end_of_utterance>",
     }
 )  # fmt: skip
+_UNNAMED_EOS = {"llama": 2, "t5": 1}  # by tokenizer.ggml.model, where no id is named (llama.cpp)
 # In GPT-OSS's format <|end|> ends a message, after which the model goes on.
 _HARMONY = frozenset({"<|return|>", "<|call|>"})
 _ADDED = (3, 4)  # control, user-defined: the types of tokens that are no plain text
@@ -60,6 +61,8 @@ def end_ids(metadata: Mapping[str, Value]) -> tuple[int, ...]:
     """The tokens that end a text or a turn: those that are named, then those known by their text."""
     texts, kinds = _strings(metadata.get("tokenizer.ggml.tokens")), metadata.get("tokenizer.ggml.token_type")
     named = [token for name in _ENDS if (token := token_id(metadata, name)) is not None]
+    if token_id(metadata, "eos") is None and metadata.get("tokenizer.ggml.model") in _UNNAMED_EOS:
+        named.append(_UNNAMED_EOS[str(metadata["tokenizer.ggml.model"])])
     if not isinstance(kinds, tuple):
         return tuple(dict.fromkeys(named))
     added = ((texts[token], token) for token in range(min(len(kinds), len(texts))) if kinds[token] in _ADDED)

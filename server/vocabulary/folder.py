@@ -68,9 +68,9 @@ def _from_pieces(path: Path, added: list[Document], config: Mapping[str, Any], v
     except CheckpointError as error:
         raise CheckpointError(f"tokenizer.model: {error}; {_WAY_OUT}") from error
     rules = sentencepiece_file.rules(model, legacy=config.get("legacy") is not False)
-    pieces = [sentencepiece_file.with_real_spaces(piece) for piece in model.pieces]
+    pieces = sentencepiece_file.pieces(model)
     own = [
-        sentencepiece.added_token(index, piece.text, piece.type)
+        sentencepiece.added_token(index, piece.text, piece.type, normalized=not model.prefix)
         for index, piece in enumerate(pieces)
         if piece.type in sentencepiece.BY_TEXT
     ]

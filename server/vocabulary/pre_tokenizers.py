@@ -85,6 +85,7 @@ _o200k = _words(words.O200K)
 _bloom = _words(words.BLOOM)
 _glm4 = replace(_llama3, ignore_merges=True)
 _bailing = _words(words.BAILING)
+_gemma4 = PreTokenizer((_split(r"[^\n]+|[\n]+"),), raw=True, add_bos=True)
 _tiny_aya = _words(*words.TINY_AYA)
 
 _BY_NAME: dict[str, PreTokenizer] = {
@@ -164,6 +165,6 @@ _BY_NAME: dict[str, PreTokenizer] = {
         ),
         add_bos=True,
     ),
-    "gemma4": PreTokenizer((_split(r"[^\n]+|[\n]+"),), raw=True, add_bos=True),
+    **dict.fromkeys(("gemma4", "granite-embed-multi-311m"), _gemma4),
     "sarvam-moe": PreTokenizer((_split(r"[^\n]+|[\n]+"),), raw=True),
 }

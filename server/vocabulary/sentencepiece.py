@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SPACE = "\u2581"
 _SPACE_WITHIN = re.compile(f"[^{SPACE}]{SPACE}")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
+_BEFORE_HEX = "(?<=<)(?=0x[0-9A-F]{2}>)"  # the library's Unigram would take the text "<0x41>" for the byte
 
 
 class PieceType(IntEnum):
@@ -85,14 +86,13 @@ def build(
     return document.build(made, by_score, add_bos=add_bos, bos_token_id=bos_token_id)
 
 
-def added_token(index: int, text: str, kind: PieceType) -> Document:
-    """A token by its text. What the vocabulary's owner put in is no special token."""
-    return {
-        "id": index,
-        "content": text,
-        "special": kind is not PieceType.USER_DEFINED,
-        "normalized": False,
-    }
+def added_token(index: int, text: str, kind: PieceType, *, normalized: bool = False) -> Document:
+    """A token by its text. What the vocabulary's owner put in is no special token.
+
+    `normalized`: the text is looked for where spaces are U+2581 already.
+    """
+    special = kind is not PieceType.USER_DEFINED
+    return {"id": index, "content": text, "special": special, "normalized": normalized and not special}
 
 
 def decoder(*, strip: bool) -> Document:
@@ -114,7 +114,7 @@ def _normalizer(rules: Rules) -> Document:
             {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(rules.characters).decode()}
         )
     if rules.merge_spaces:
-        steps.append({"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if rules.prefix and not rules.prefix_first_only:
         steps.append({"type": "Prepend", "prepend": SPACE})
@@ -127,16 +127,15 @@ def _pre_tokenizer(pieces: Sequence[Piece], rules: Rules) -> Document | None:
     steps: list[Document] = []
     if rules.prefix and rules.prefix_first_only:
         steps.append({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False})
+    if rules.unigram:
+        steps.append(_split(_BEFORE_HEX))
     if not any(_SPACE_WITHIN.search(piece.text) for piece in pieces if _in_text(piece)):
-        steps.append(
-            {
-                "type": "Split",
-                "pattern": {"Regex": f"{SPACE}*[^{SPACE}]+|{SPACE}+"},
-                "behavior": "Isolated",
-                "invert": False,
-            }
-        )
+        steps.append(_split(f"{SPACE}*[^{SPACE}]+|{SPACE}+"))
     return {"type": "Sequence", "pretokenizers": steps} if steps else None
+
+
+def _split(pattern: str) -> Document:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _in_text(piece: Piece) -> bool:

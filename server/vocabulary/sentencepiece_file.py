@@ -82,11 +82,15 @@ def rules(model: Model, *, legacy: bool) -> Rules:
     )
 
 
-def with_real_spaces(piece: Piece) -> Piece:
-    """What the owner put in is looked for in the text as it is written."""
-    if piece.type is not PieceType.USER_DEFINED:
-        return piece
-    return replace(piece, text=piece.text.replace(SPACE, " "))
+def pieces(model: Model) -> list[Piece]:
+    """What the owner put in is looked for before the rest. Where a space is put before texts, that is before
+    spaces become U+2581, and so they are no U+2581 in it either."""
+    return [
+        replace(piece, text=piece.text.replace(SPACE, " "))
+        if model.prefix and piece.type is PieceType.USER_DEFINED
+        else piece
+        for piece in model.pieces
+    ]
 
 
 def _piece(fields: dict[int, Value]) -> Piece:

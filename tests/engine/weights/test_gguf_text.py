@@ -25,6 +25,7 @@ def test_ends_are_named_or_known_by_their_text() -> None:
     assert gguf_text.end_ids(llama) == (1, 0, 2)
     assert gguf_text.end_ids(vocabulary(("<EOT>", NORMAL), eos=0, eot=3, eom=4)) == (0, 3, 4)
     assert gguf_text.end_ids({}) == ()
+    assert gguf_text.end_ids({"tokenizer.ggml.model": "llama"}) == (2,)
 
 
 def test_in_harmony_the_end_of_a_message_is_not_the_end() -> None:
