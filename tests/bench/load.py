@@ -1,6 +1,6 @@
 """Load time and peak memory of the default model, by the format that its weights are stored in.
 
-    python -m tests.bench.load [--runs 5] [--dtype bfloat16] [--threads 0]
+    python -m tests.bench.load [--runs 5] [--dtype bfloat16] [--threads 0] [--only GPTQ]
 
 Other formats than the shipped one are made of it first, in a temporary folder. Each load has a process of its
 own; formats take turns, so that a busy minute is shared. Files are in the page cache: the first round is not
@@ -18,43 +18,36 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from engine.building import available_cores
 from engine.checkpoint import locate
 from engine.weights.loader import load_weights
+from tests.bench.requantised import FOLDER_KINDS, write_folder_as, write_gguf
 from tests.engine.weights.folder import write_folder
-from tests.engine.weights.quantise import FORMATS, quantised
 
 CPU = torch.device("cpu")
+SHIPPED, EXACT = "GGUF Q4_1, as shipped", "safetensors F32"
+GGUF_KINDS = ("F16", "Q8_0", "Q4_0")
 
 
-def make(folder: Path) -> dict[str, str]:
-    """Name of a format -> what to load."""
-    base = folder / "f32"
-    write_folder(locate(""), base)
-    tensors = load_file(base / "model.safetensors")
-    sources = {"GGUF Q4_1, as shipped": "", "safetensors F32": str(base)}
-    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    sources["safetensors BF16"] = variant(base, "bf16", half, None)
-    for name, (_, config) in FORMATS.items():
-        sources[name] = variant(base, name.replace(" ", "-"), quantised(tensors, name), config)
+def make(folder: Path, only: str) -> dict[str, str]:
+    """Name of a format -> what to load, for names that contain `only`; and F32, as a folder."""
+    shipped, base = locate(""), folder / "F32"
+    write_folder(shipped, base)
+    sources = {SHIPPED: "", EXACT: str(base)}
+    for kind in GGUF_KINDS:
+        name, path = f"GGUF {kind}", folder / f"{kind}.gguf"
+        if only in name:
+            write_gguf(shipped.path, path, kind)
+            sources[name] = str(path)
+    for kind in FOLDER_KINDS:
+        name, path = kind if " " in kind else f"safetensors {kind}", folder / kind.replace(" ", "-")
+        if only in name:
+            write_folder_as(base, path, kind)
+            sources[name] = str(path)
     return sources
-
-
-def variant(base: Path, name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None) -> str:
-    folder = base.parent / name
-    folder.mkdir()
-    for file in base.glob("*.json"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    if config:
-        values = json.loads((base / "config.json").read_text()) | {"quantization_config": config}
-        (folder / "config.json").write_text(json.dumps(values))
-    save_file(tensors, folder / "model.safetensors")
-    return str(folder)
 
 
 def status_bytes(field: str) -> int:
@@ -94,6 +87,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core, as the engine has")
+    parser.add_argument("--only", default="", help="formats whose names contain this")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads or available_cores())
@@ -101,12 +95,13 @@ def main() -> None:
         load_one(arguments.one, getattr(torch, arguments.dtype))
         return
     with tempfile.TemporaryDirectory() as folder:
-        sources = make(Path(folder))
+        every = make(Path(folder), arguments.only)
+        sources = {name: source for name, source in every.items() if arguments.only in name}
         rounds = [
             {name: measure(source, arguments) for name, source in sources.items()}
             for _ in range(arguments.runs + 1)
         ][1:]
-        exact = load_weights(locate(sources["safetensors F32"]), torch.float32, CPU)
+        exact = load_weights(locate(every[EXACT]), torch.float32, CPU)
         print(
             f"{'format':<24}{'stored':>8}{'load s':>9}{'min':>7}{'max':>7}{'peak':>8}{'kept':>8}{'error':>10}"
         )
