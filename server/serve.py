@@ -54,6 +54,7 @@ async def serve(service: Service, config: Config, listener: socket.socket) -> in
     with _signals(stop, at_once):
         logs.info("listening", url=url_of(listener), model=service.model_name)
         _warn_if_open(listener, config.server)
+        _say_defaults(service)
         http_task = asyncio.create_task(http.serve(sockets=[listener]))
         engine_task = asyncio.create_task(_run_engine(service))
         try:
@@ -141,6 +142,14 @@ def http_server(service: Service) -> HttpServer:
 def _warn_if_open(listener: socket.socket, config: ServerConfig) -> None:
     if not config.api_keys and not is_loopback(listener):
         logs.log(logging.WARNING, "no api_keys: whoever reaches this address may use it", host=config.host)
+
+
+def _say_defaults(service: Service) -> None:
+    """A model's own temperature surprises those who know OpenAI's API."""
+    changed = service.defaults.changed()
+    changed.pop("eos_token_ids", None)
+    if changed:
+        logs.info("generation defaults", **changed)
 
 
 def _allow_open_files(count: int) -> None:

@@ -1,6 +1,6 @@
 """Perplexity of the default model on the text beside this file, for each format that weights may lie in.
 
-    python -m tests.bench.perplexity [--only GGUF] [--window 1024] [--threads 1] [--json FILE]
+    python -m tests.bench.perplexity [--only GGUF] [--window 1024] [--every 1] [--json FILE]
 
 The shipped file is widened to float32, stored in each format by `requantised`, loaded and computed by
 Octavo's own engine; arithmetic is float32 but for the row that says otherwise. The text is cut into windows
@@ -143,14 +143,16 @@ def main() -> None:
     parser.add_argument("--only", default="", help="formats whose name begins so, beside the shipped one")
     parser.add_argument("--window", type=int, default=1024, help="tokens that are scored together")
     parser.add_argument("--threads", type=int, default=1, help="two on a busy machine wait for each other")
-    parser.add_argument("--max-windows", type=int, default=10**9)
+    parser.add_argument(
+        "--every", type=int, default=1, help="score each so-manyth window alone, to save time"
+    )
     parser.add_argument("--json", type=Path, help="file for the raw figures")
     asked = parser.parse_args()
     checkpoint = locate("")
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     ids = tokenizer.encode(read_text(), special=False)
     cut = [ids[at : at + asked.window] for at in range(0, len(ids), asked.window)]
-    windows = [window for window in cut if len(window) > 1][: asked.max_windows]
+    windows = [window for window in cut if len(window) > 1][:: asked.every]
     print("| weights | MB | perplexity | bits per byte | to the shipped file's | time |")
     print("|---|---:|---:|---:|---:|---:|")
     scores: list[Score] = []
@@ -161,9 +163,11 @@ def main() -> None:
                 continue
             scores.append(score(name, source, windows, tokenizer, dtype, asked.threads))
             print_row(scores[-1], scores[0])
+            if asked.json:
+                asked.json.write_text(
+                    json.dumps(list(map(asdict, scores)), indent=1) + "\n", encoding="utf-8"
+                )
     print(f"\n{len(windows)} windows, {scores[0].num_tokens} tokens, {scores[0].num_bytes} bytes")
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(one) for one in scores], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

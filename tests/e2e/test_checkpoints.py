@@ -40,6 +40,7 @@ def folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_without_a_template_only_chats_are_refused(folder: Path) -> None:
     with Daemon(str(folder), *FLAGS) as daemon:
+        daemon.find_line(r"generation defaults .*temperature=0\.0")
         answer = daemon.complete(prompt="Once upon", max_tokens=8)
         assert answer["usage"]["completion_tokens"] == 8
         again = daemon.complete(prompt="Once upon", max_tokens=8, seed=1)

@@ -82,6 +82,11 @@ def test_what_templates_rely_on() -> None:
     assert render("{% if true %}\n  {% if true %}\nx\n  {% endif %}\n{% endif %}") == "x\n"  # trimmed blocks
     assert render("{{ messages | tojson }}", [{"a": "<é>"}]) == '[{"a": "<é>"}]'
     assert render("{{ {'b': 1, 'a': [2]} | tojson(indent=1) }}") == '{\n "b": 1,\n "a": [\n  2\n ]\n}'
+    assert render("{{ {'é': [1, '<'], 'a': none} | tojson(separators=(',', ':'), sort_keys=true) }}") == (
+        '{"a":null,"é":[1,"<"]}'
+    )
+    assert render("{{ ['é'] | tojson(ensure_ascii=true, indent=2) }}") == '[\n  "\\u00e9"\n]'
+    assert render("{% set ns = namespace({'x': 1}, self=2) %}{{ ns.x + ns.self }}") == "3"
     assert render("{% for m in [1,2,3] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}") == "1"
     assert render("{% generation %}{{ 1 }}{% endgeneration %}") == "1"
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
@@ -109,6 +114,8 @@ def test_a_wrong_template_names_its_line() -> None:
         "{{ cycler.__init__.__globals__.os }}",
         "{% include '/etc/passwd' %}",
         "{{ '{0.__class__}'.format(messages) }}",
+        "{% set ns = namespace(_x=1) %}{{ ns._x }}",
+        "{% set ns = namespace() %}{% set ns.__class__ = 1 %}{{ ns.__class__ }}",
     ],
 )
 def test_pythons_objects_are_out_of_reach(source: str) -> None:
