@@ -224,22 +224,27 @@ def _check_ids(backend: Backend, added: list[dict[str, Any]]) -> None:
 
 def _reaches(plain: Backend, special: frozenset[str], ids: set[int]) -> bool:
     """Does a special token's text become that token, in spite of all?"""
-    around = (f"{before}{text}{after}" for text in special for before, after in _AROUND)
+    long = (text for text in special if len(text) > 1)
+    around = (f"{before}{text}{after}" for text in long for before, after in _AROUND)
     return any(not ids.isdisjoint(plain.encode(text, add_special_tokens=False).ids) for text in around)
 
 
 def _renamed(model: dict[str, Any], special: frozenset[str]) -> dict[str, Any]:
-    """The model, with special tokens under names that no text spells."""
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, list):
-        renamed: Any = [[_name(text, special), score] for text, score in vocabulary]
+    """The model, with special tokens under names that no text spells.
+
+    A special token of one character keeps its name: no text with this character could be encoded without it.
+    """
+    names = {text: _UNREACHABLE + text for text in special if len(text) > 1}
+    made = dict(model)
+    if isinstance(model["vocab"], list):
+        made["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
     else:
-        renamed = {_name(text, special): index for text, index in vocabulary.items()}
-    return dict(model, vocab=renamed)
-
-
-def _name(text: str, special: frozenset[str]) -> str:
-    return _UNREACHABLE + text if text in special else text
+        made["vocab"] = {names.get(text, text): index for text, index in model["vocab"].items()}
+    if model["type"] == "BPE":
+        made["merges"] = [pair for pair in _pairs(model.get("merges")) if names.keys().isdisjoint(pair)]
+    if model.get("unk_token") in names:
+        made["unk_token"] = names[model["unk_token"]]
+    return made
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 
 # Old files call these user-defined, although no user's text may become one.
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<(start|end)_of_turn>", re.DOTALL)
+_LOOKS_NAMED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 _NO_SPACE_AFTER = ("<unk>", "<s>", "<|endoftext|>")
 
 
@@ -112,19 +113,23 @@ def _texts(metadata: Mapping[str, Value]) -> tuple[str, ...]:
 
 
 def _types(metadata: Mapping[str, Value], texts: Sequence[str]) -> list[PieceType]:
-    """The type of every token. What ends a text, or is named, is a control token whatever the file says."""
+    """The type of every token. The ends and the beginning are control tokens, where they look like it."""
     values = metadata.get("tokenizer.ggml.token_type", ())
     if not isinstance(values, tuple) or len(values) not in (0, len(texts)):
         raise CheckpointError("tokenizer.ggml.token_type does not match tokenizer.ggml.tokens in length")
     known: dict[Any, PieceType] = {int(kind): kind for kind in PieceType}
     types = [known.get(value, PieceType.NORMAL) for value in values] or [PieceType.NORMAL] * len(texts)
-    for index in (*gguf_text.end_ids(metadata), gguf_text.token_id(metadata, "bos")):
-        if index is not None and index < len(types):
-            types[index] = PieceType.CONTROL
+    named = {*gguf_text.end_ids(metadata), gguf_text.token_id(metadata, "bos")}
     return [
-        PieceType.CONTROL if kind is PieceType.USER_DEFINED and _LOOKS_SPECIAL.fullmatch(text) else kind
-        for text, kind in zip(texts, types, strict=True)
+        PieceType.CONTROL if _is_special(text, kind, index in named) else kind
+        for index, (text, kind) in enumerate(zip(texts, types, strict=True))
     ]
+
+
+def _is_special(text: str, kind: PieceType, is_named: bool) -> bool:
+    if kind is PieceType.USER_DEFINED:
+        return is_named or _LOOKS_SPECIAL.fullmatch(text) is not None
+    return kind is PieceType.CONTROL or (is_named and _LOOKS_NAMED.fullmatch(text) is not None)
 
 
 def _strings(metadata: Mapping[str, Value], name: str) -> tuple[str, ...]:

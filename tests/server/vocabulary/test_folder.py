@@ -137,6 +137,13 @@ def test_unigrams_special_tokens_are_no_pieces_of_text(tmp_path: Path) -> None:
     assert tokenizer.encode("a</s>", special=False) == [2, 3, 4, 5, 6]
 
 
+def test_a_special_token_of_one_character_is_that_character(tmp_path: Path) -> None:
+    entries = [added("a", ALPHABET["a"]), added("aa", 257)]
+    tokenizer = read(write(tmp_path, tokenizer__json=tokenizer_json(added_tokens=entries)))
+    assert tokenizer.encode("aab", special=True) == [257, ALPHABET["b"]]
+    assert tokenizer.encode("aab", special=False) == [ALPHABET["a"], 256]
+
+
 @pytest.mark.parametrize(
     ("value", "named"),
     [

@@ -67,6 +67,7 @@ def test_old_files_call_special_tokens_user_defined(text: str) -> None:
 def test_the_ends_and_the_beginning_are_special_whatever_their_type() -> None:
     tokenizer = read(bpe({"<END>": NORMAL, "<BEGIN>": USER_DEFINED}, eos_token_id=258, bos_token_id=259))
     assert set(tokenizer.special_texts) == {"<END>", "<BEGIN>"}
+    assert read(bpe(eos_token_id=256, bos_token_id=0)).special_texts == ()  # words, of a file that is wrong
 
 
 def test_merges_to_a_special_token_are_left_out() -> None:
