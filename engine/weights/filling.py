@@ -90,9 +90,8 @@ class Filling:
             self.source.read_into(piece.stored, _place(target, piece, prod(piece.shape)).view(piece.shape))
             return
         adapter = self.adapter if self._is_adapted(piece) else None
-        values = torch.empty(
-            piece.shape, dtype=torch.float32 if adapter else target.dtype, device=target.device
-        )
+        dtype = torch.float32 if adapter else target.dtype
+        values = self.source.empty(piece.stored, dtype, target.device)
         self.source.read_into(piece.stored, values)
         if piece.arrange is not None:
             values = piece.arrange(values)

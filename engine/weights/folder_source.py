@@ -6,8 +6,11 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from engine.weights.errors import CheckpointError
 from engine.weights.json_files import read_json_object
+from engine.weights.quantised.fields import chunks
 from engine.weights.quantised.settings import read_quantisation
 from engine.weights.safetensors import StoredTensor, read_folder
 from engine.weights.source import Recipe, WeightSource
@@ -15,8 +18,6 @@ from engine.weights.source import Recipe, WeightSource
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    import torch
 
 _PLAIN = ("F32", "BF16", "F16", "F64")
 
@@ -49,7 +50,14 @@ def plain(stored: StoredTensor) -> Recipe:
 
 
 def _copy(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    out.copy_(parts[0])
+    stored = parts[0]
+    halves = stored.dtype is torch.float16 and out.dtype is torch.bfloat16
+    if not halves or stored.dim() < 2 or not stored.numel():
+        out.copy_(stored)
+        return
+    # By way of float32 in pieces that the caches hold: torch goes from one half to the other one by one.
+    for chunk in chunks(stored.shape[0], stored[0].numel()):
+        out[chunk] = stored[chunk].float()
 
 
 def _most_stored(stored: Mapping[str, StoredTensor]) -> str:

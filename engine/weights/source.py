@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+import torch
+
 from engine.weights.errors import CheckpointError
 from engine.weights.mapped import MappedFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-
-    import torch
 
     from engine.weights.safetensors import Shape, StoredTensor
 
@@ -23,12 +23,14 @@ class Recipe:
     """How one plain tensor is made of stored ones.
 
     `widen` takes `parts` as they are stored, on any device, and fills a contiguous tensor of `shape`, of any
-    floating type, on that device. It computes in float32 and rounds once.
+    floating type, on that device. It computes in float32 and rounds once. A `transposed` one fills a tensor
+    faster whose last two dimensions are the other way round in memory.
     """
 
     shape: Shape
     parts: tuple[StoredTensor, ...]
     widen: Widen
+    transposed: bool = False
 
 
 class WeightSource:
@@ -65,8 +67,16 @@ class WeightSource:
     def stored_bytes(self, name: str) -> int:
         return sum(part.num_bytes for part in self.recipe(name).parts)
 
+    def empty(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What `read_into` fills fastest: of the tensor's shape, not always contiguous."""
+        shape = self._recipes[name].shape
+        if not self._recipes[name].transposed:
+            return torch.empty(shape, dtype=dtype, device=device)
+        stored = (*shape[:-2], shape[-1], shape[-2])
+        return torch.empty(stored, dtype=dtype, device=device).transpose(-1, -2)
+
     def read_into(self, name: str, out: torch.Tensor) -> None:
-        """Fill `out`: contiguous, of the tensor's shape, of any floating type, on any device.
+        """Fill `out`: contiguous or from `empty`, of any floating type, on any device.
 
         Raises CheckpointError where the numbers contradict each other, as a group that does not exist.
         """

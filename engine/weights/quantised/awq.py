@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.weights.quantised.fields import along_rows, chunks
+from engine.weights.quantised.fields import along_columns, chunks, from_groups
 from engine.weights.quantised.parts import FLOATING, modules_with, need, part
 from engine.weights.source import Recipe
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from engine.weights.safetensors import StoredTensor
 
-_PLACE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)
+_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)  # of a word's eight outputs
 
 
 def awq_recipes(stored: Mapping[str, StoredTensor], group_size: int) -> dict[str, Callable[[], Recipe]]:
@@ -43,14 +43,10 @@ def _recipe(stored: Mapping[str, StoredTensor], module: str, group_size: int) ->
 
 
 def _widen(size: int, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    zeros, scales = _in_order(parts[1]), parts[2].float()
     outputs, inputs = out.shape
-    for chunk in chunks(inputs, outputs):
-        group = torch.arange(chunk.start, chunk.stop, device=out.device) // size
-        out[:, chunk] = ((_in_order(parts[0][chunk]) - zeros[group]) * scales[group]).T
-
-
-def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """int32 [n, w] -> float32 [n, 8 w]"""
-    fields = along_rows(words, 4).view(words.shape[0], -1, 8)
-    return fields[:, :, list(_PLACE_OF_OUTPUT)].flatten(1).float()
+    words, scales = parts[0].t().contiguous(), parts[2].float().t().contiguous()
+    zeros = along_columns(parts[1].t(), _SHIFTS, 4).float()
+    group = torch.arange(inputs, device=out.device) // size if inputs % size else None
+    for chunk in chunks(outputs, inputs, 8):
+        numbers = along_columns(words[chunk.start // 8 : chunk.stop // 8], _SHIFTS, 4)
+        out[chunk] = from_groups(numbers, zeros[chunk], scales[chunk], group)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.weights.quantised.fields import along_columns, along_rows, chunks
+from engine.weights.quantised.fields import along_rows, chunks, from_groups
 from engine.weights.quantised.parts import FLOATING, group_of, modules_with, need, part
 from engine.weights.source import Recipe
 
@@ -56,15 +56,14 @@ def _recipe(
 def _widen(
     bits: int, size: int, zeros_less_one: bool, parts: Sequence[torch.Tensor], out: torch.Tensor
 ) -> None:
-    words, (outputs, inputs) = parts[0], out.shape
-    scales = parts[2].float()
+    outputs, inputs = out.shape
+    words, scales = parts[0].t(), parts[2].float().t().contiguous()
     zeros = along_rows(parts[1], bits)[:, :outputs]
     if zeros_less_one:
         zeros = (zeros + 1) & (2**bits - 1)
-    group = group_of(parts[3], scales.shape[0]) if len(parts) > 3 else None
-    if group is None:
+    zeros = zeros.t().float()
+    group = group_of(parts[3], scales.shape[1]) if len(parts) > 3 else None
+    if group is None and inputs % size:
         group = torch.arange(inputs, device=out.device) // size
-    for chunk in chunks(inputs, outputs, 32 // bits):
-        packed = words[chunk.start * bits // 32 : chunk.stop * bits // 32]
-        values = along_columns(packed, bits).float() - zeros[group[chunk]]
-        out[:, chunk] = (values * scales[group[chunk]]).T
+    for chunk in chunks(outputs, inputs):
+        out[chunk] = from_groups(along_rows(words[chunk], bits), zeros[chunk], scales[chunk], group)

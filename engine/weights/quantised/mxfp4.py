@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from engine.weights.safetensors import StoredTensor
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-
 
 def mxfp4_recipes(stored: Mapping[str, StoredTensor]) -> dict[str, Callable[[], Recipe]]:
     return {name: partial(_recipe, stored, name) for name in modules_with(stored, "_blocks")}
@@ -35,16 +33,26 @@ def _recipe(stored: Mapping[str, StoredTensor], name: str) -> Recipe:
     scales = part(stored, f"{name}_scales", "U8", "F8_E8M0")
     need(scales.shape == blocks.shape[:3], scales, f"{list(blocks.shape[:3])}")
     experts, outputs, groups, _ = blocks.shape
-    return Recipe((experts, groups * 32, outputs), (blocks, scales), _widen)
+    return Recipe((experts, groups * 32, outputs), (blocks, scales), _widen, transposed=True)
 
 
 def _widen(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     blocks, scales = parts[0], parts[1].view(torch.float8_e8m0fnu)
-    table = torch.tensor(_E2M1, device=out.device)
-    _, inputs, outputs = out.shape
+    matrices = out.transpose(1, 2)  # as they are stored, and as `out` lies in memory if it can
+    _, outputs, inputs = matrices.shape
     for expert in range(out.shape[0]):
         for chunk in chunks(outputs, inputs):
             codes = along_rows(blocks[expert, chunk].flatten(1), 4)
-            values = table.index_select(0, codes.view(-1).int()).view(codes.shape[0], -1, 32)
+            values = _values(codes).view(codes.shape[0], -1, 32)
             values *= scales[expert, chunk, :, None].float()
-            out[expert, :, chunk] = values.flatten(1).T
+            matrices[expert, chunk] = values.flatten(1)
+
+
+def _values(codes: torch.Tensor) -> torch.Tensor:
+    """uint8, each the four bits of a number: sign, two of the exponent, one of the mantissa -> float32
+
+    In the places that a float16 has for them they are the number times 2^-14, small ones included.
+    """
+    wide = codes.to(torch.int16)
+    bits = ((wide & 8) << 12) | ((wide & 7) << 9)
+    return bits.view(torch.float16).float().mul_(2.0**14)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.weights.errors import CheckpointError
-from engine.weights.quantised.fields import along_rows, chunks
+from engine.weights.quantised.fields import along_rows, chunks, from_groups
 from engine.weights.quantised.parts import FLOATING, group_of, modules_with, need, part
 from engine.weights.safetensors import read_integers
 from engine.weights.source import Recipe
@@ -71,13 +71,8 @@ def _widen(bits: int, kinds: tuple[str, ...], parts: Sequence[torch.Tensor], out
     zeros = _zeros(extra.get("zero_point"), bits, rows, scales)
     group = group_of(extra["g_idx"], scales.shape[1]) if "g_idx" in extra else None
     for chunk in chunks(rows, columns):
-        values = along_rows(packed[chunk], bits)[:, :columns].float()
-        if group is not None:
-            out[chunk] = (values - zeros[chunk][:, group]) * scales[chunk][:, group]
-            continue
-        groups = values.view(values.shape[0], scales.shape[1], -1)
-        groups = (groups - zeros[chunk][:, :, None]) * scales[chunk][:, :, None]
-        out[chunk] = groups.view(values.shape)
+        numbers = along_rows(packed[chunk], bits)[:, :columns]
+        out[chunk] = from_groups(numbers, zeros[chunk], scales[chunk], group)
 
 
 def _zeros(stored: torch.Tensor | None, bits: int, rows: int, scales: torch.Tensor) -> torch.Tensor:

@@ -71,12 +71,26 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def _widen(rows: int, columns: int, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     weight, scales = parts[0], parts[1].float().view(_matrix(tuple(parts[1].shape)))
     zeros = parts[2].float().view(scales.shape) if len(parts) > 2 else None
+    table = _table(weight)
     for chunk in chunks(*out.shape):
         at = torch.arange(chunk.start, chunk.stop, device=out.device) // rows
-        values = weight[chunk].float()
+        values = weight[chunk].float() if table is None else _looked_up(weight[chunk], table)
         if zeros is not None:
             values -= _spread(zeros[at], columns, out.shape[1])
-        out[chunk] = values * _spread(scales[at], columns, out.shape[1])
+        out[chunk] = values.mul_(_spread(scales[at], columns, out.shape[1]))
+
+
+def _table(weight: torch.Tensor) -> torch.Tensor | None:
+    """The value of each byte, where that is faster: torch converts float8 one by one on a CPU."""
+    if weight.dtype == torch.int8:
+        return None
+    every = torch.arange(256, dtype=torch.uint8, device=weight.device)
+    return every.view(weight.dtype).float()
+
+
+def _looked_up(numbers: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    codes = numbers.view(torch.uint8).reshape(-1).int()
+    return table.index_select(0, codes).view(numbers.shape)
 
 
 def _spread(scales: torch.Tensor, columns: int, width: int) -> torch.Tensor:

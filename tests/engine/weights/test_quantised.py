@@ -165,6 +165,13 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     stored = tensors(experts_blocks=blocks, experts_scales=scales)
     got = read(tmp_path, stored, {"quant_method": "mxfp4"}, "m.experts")
     assert np.array_equal(got.numpy(), expected)
+    source = folder_source(tmp_path)
+    source.recipe("m.experts")
+    turned = source.empty("m.experts", torch.float32, torch.device("cpu"))
+    with source:
+        source.read_into("m.experts", turned)
+    assert turned.transpose(1, 2).is_contiguous()  # no number is moved twice
+    assert torch.equal(turned, got)
 
 
 def test_widening_is_rounded_once_and_plain_tensors_stay(tmp_path: Path) -> None:
