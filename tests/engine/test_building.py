@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import engine.building
 from engine.building import EngineConfigError, build_engine
 from engine.config import EngineConfig
+from engine.weights.errors import CheckpointError
+from engine.weights.mapped import MappedFiles
 from scheduler.config import SchedulerConfig
 
 FREE = 100_000_000
@@ -28,13 +31,32 @@ def config(**tiers: int | str) -> EngineConfig:
     )
 
 
+def free_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights find enough, what comes after them finds FREE bytes."""
+    answers = chain([10**9], repeat(FREE))
+    monkeypatch.setattr(engine.building, "free_bytes", lambda device: next(answers))
+
+
 def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.building, "free_bytes", lambda device: FREE)
+    free_after_loading(monkeypatch)
     with pytest.raises(EngineConfigError, match=r"135 host pages .* 26272000 are free"):
         build_engine(config(host_cache_bytes=50_000_000))
+    free_after_loading(monkeypatch)
     built = build_engine(config(host_cache_bytes=20_000_000))
     assert (built.ready.num_pages, built.ready.host_pages) == (DEVICE_PAGES, 54)
     built.core.close()
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.building, "free_bytes", lambda device: FREE)
+    monkeypatch.setattr(MappedFiles, "open", None)
+    with pytest.raises(CheckpointError, match=r"takes \d+ bytes as bfloat16 on cpu, 100000000 are free"):
+        build_engine(config())
+
+
+def test_an_adapter_is_a_folder() -> None:
+    with pytest.raises(CheckpointError, match="/nowhere: no folder of a LoRA adapter"):
+        build_engine(config(lora="/nowhere"))
 
 
 def test_a_disk_whose_table_cannot_be_read_counts_as_empty(
