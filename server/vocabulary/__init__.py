@@ -29,7 +29,15 @@ def load(checkpoint: Checkpoint) -> Vocabulary:
     """Raises CheckpointError when there is no vocabulary, or it is of a kind that is not supported."""
     try:
         if checkpoint.gguf is not None:
-            return from_gguf(checkpoint.gguf.metadata)
+            return _within(from_gguf(checkpoint.gguf.metadata), checkpoint.transformer.vocab_size)
         return from_folder(checkpoint.path, checkpoint.transformer.vocab_size)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _within(found: Vocabulary, num_rows: int) -> Vocabulary:
+    """Raise CheckpointError for tokens that the model has no rows for."""
+    num_tokens = found.marked.get_vocab_size()
+    if num_tokens > num_rows:
+        raise CheckpointError(f"the vocabulary has {num_tokens} tokens, but the model only {num_rows} rows")
+    return found

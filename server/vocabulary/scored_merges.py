@@ -116,9 +116,9 @@ def ranks_suffice(scores: Mapping[str, float], merges: Sequence[tuple[str, str]]
     They do when no two pieces that are made by merging share a score. The first Llamas share one among runs
     of spaces; such runs are tried.
     """
+    if any(character not in scores for piece in scores for character in piece):
+        return False  # ranks say nothing of characters that are no pieces
     made = {left + right for left, right in merges}
-    if any(character not in scores for piece in made for character in piece):
-        return False
     sharing: dict[float, list[str]] = {}
     for piece in made:
         sharing.setdefault(scores[piece], []).append(piece)

@@ -139,8 +139,8 @@ def _split(pattern: str) -> Document:
 
 
 def _in_text(piece: Piece) -> bool:
-    """May characters of a text become this piece?"""
-    return piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED)
+    """May characters of a text be merged to this piece? Those of `BY_TEXT` are found before."""
+    return piece.type is PieceType.NORMAL
 
 
 def _unknown(pieces: Sequence[Piece], rules: Rules) -> int | None:

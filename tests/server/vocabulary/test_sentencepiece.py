@@ -113,6 +113,13 @@ def test_quick_and_slow_merges_agree(pieces: list[str], text: str) -> None:
     assert scored_merges.merged(text, scored_merges.by_score(scores)) == slowly_merged(text, scores)
 
 
+def test_pieces_of_characters_that_are_none_are_merged() -> None:
+    """As SentencePiece does it: what is merged need not be pieces."""
+    scores = {"ab": -1.0, "abb": -2.0, "b": -3.0}
+    assert not scored_merges.ranks_suffice(scores, sentencepiece._merges(scores))
+    assert vocabulary(scores).encode("abbab", special=False) == [1, 0]
+
+
 def test_runs_of_spaces_that_share_a_score_need_no_slow_merges() -> None:
     lengths = (1, 2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 15)  # as Llama 2 orders them
     scores = {"\u2581" * length: -1e9 for length in lengths} | {"a": -1.0, "\u2581a": -0.5}
