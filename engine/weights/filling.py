@@ -83,6 +83,8 @@ class Filling:
         return torch.float32 if target.exact else self.dtype
 
     def _allocated(self, target: Target) -> torch.Tensor:
+        filled = sum(prod(piece.shape) for piece in target.pieces)
+        assert filled == prod(target.shape), f"{target.name} has a gap"
         return torch.empty(target.shape, dtype=self._dtype_of(target), device=self.device)
 
     def _fill(self, target: torch.Tensor, piece: Piece) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.weights.dequantise import can_dequantise, dequantise
+from engine.weights.dequantise import SUPPORTED, can_dequantise, dequantise
 from engine.weights.errors import CheckpointError
 from engine.weights.safetensors import StoredTensor
 from engine.weights.source import Recipe, WeightSource
@@ -32,7 +32,8 @@ def gguf_source(file: GGUFFile) -> WeightSource:
 def _recipe(path: Path, info: TensorInfo) -> Recipe:
     if not can_dequantise(info.type):
         raise CheckpointError(
-            f"{path}: tensor '{info.name}' has the type {info.type.name}, which is not supported"
+            f"{path}: tensor '{info.name}' has the type {info.type.name}; supported are "
+            f"{', '.join(SUPPORTED)}"
         )
     stored = StoredTensor(path, info.name, "U8", (info.num_bytes,), info.offset, info.num_bytes)
     return Recipe(info.shape, (stored,), partial(_widen, info.type))

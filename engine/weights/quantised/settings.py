@@ -118,8 +118,9 @@ def _gptq(fields: Fields) -> Quantisation:
     bits = fields.count("bits")
     fields.check("bits", *FIELD_BITS)
     fields.check("pack_dtype", "int32")
-    fields.check("checkpoint_format", "gptq", "gptq_v2")
-    less_one = fields.values.get("checkpoint_format") != "gptq_v2"
+    named = "checkpoint_format" if fields.has("checkpoint_format") else "format"
+    fields.check(named, "gptq", "gptq_v2")
+    less_one = fields.values.get(named) != "gptq_v2"
     maker = partial(gptq_recipes, bits=bits, group_size=_group_size(fields), zeros_less_one=less_one)
     return Quantisation(f"GPTQ {bits} bit", maker)
 
@@ -130,6 +131,7 @@ def _awq(fields: Fields) -> Quantisation:
     version = fields.values.get("version")
     if version is not None and str(version).lower() != "gemm":
         raise fields.unsupported("version", version, "; supported is gemm")
+    fields.check("format", "gemm")
     fields.check("zero_point", True)
     return Quantisation("AWQ 4 bit", partial(awq_recipes, group_size=_group_size(fields)))
 
