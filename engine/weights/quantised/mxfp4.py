@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.weights.quantised.fields import along_rows, chunks
+from engine.weights.quantised.fields import chunks
+from engine.weights.quantised.float4 import e2m1
 from engine.weights.quantised.parts import modules_with, need, part
 from engine.weights.source import Recipe
 
@@ -42,17 +43,6 @@ def _widen(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     _, outputs, inputs = matrices.shape
     for expert in range(out.shape[0]):
         for chunk in chunks(outputs, inputs):
-            codes = along_rows(blocks[expert, chunk].flatten(1), 4)
-            values = _values(codes).view(codes.shape[0], -1, 32)
+            values = e2m1(blocks[expert, chunk].flatten(1)).view(-1, scales.shape[2], 32)
             values *= scales[expert, chunk, :, None].float()
             matrices[expert, chunk] = values.flatten(1)
-
-
-def _values(codes: torch.Tensor) -> torch.Tensor:
-    """uint8, each the four bits of a number: sign, two of the exponent, one of the mantissa -> float32
-
-    In the places that a float16 has for them they are the number times 2^-14, small ones included.
-    """
-    wide = codes.to(torch.int16)
-    bits = ((wide & 8) << 12) | ((wide & 7) << 9)
-    return bits.view(torch.float16).float().mul_(2.0**14)

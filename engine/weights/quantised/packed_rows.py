@@ -26,7 +26,9 @@ def packed_recipes(
 ) -> dict[str, Callable[[], Recipe]]:
     """`widths`: the bits that the configuration speaks of; which of them, a tensor's size says."""
     return {
-        f"{name}.weight": partial(_recipe, stored, name, widths) for name in modules_with(stored, _PACKED)
+        f"{module}.weight": partial(_recipe, stored, module, widths)
+        for module in modules_with(stored, _PACKED)
+        if stored[module + _PACKED].dtype != "U8"  # which is packed by bytes: floats of 4 bits
     }
 
 

@@ -10,6 +10,7 @@ from engine.models.fields import Fields, unsupported
 from engine.weights.errors import CheckpointError
 from engine.weights.quantised.awq import awq_recipes
 from engine.weights.quantised.fields import FIELD_BITS
+from engine.weights.quantised.float4 import float4_recipes
 from engine.weights.quantised.gptq import gptq_recipes
 from engine.weights.quantised.mxfp4 import mxfp4_recipes
 from engine.weights.quantised.packed_rows import packed_recipes
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     Maker = Callable[[Mapping[str, StoredTensor]], Recipes]
 
 _PACKED, _SCALED = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
-_FORMATS = ("dense", "mixed-precision", _PACKED, *_SCALED)
+_FLOAT4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+_FORMATS = ("dense", "mixed-precision", _PACKED, *_SCALED, *_FLOAT4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ def _compressed(fields: Fields, widths: set[int], stored: Mapping[str, StoredTen
             f"config.json quantization_config: weights of {sorted(widths)} bits in words are not supported, "
             f"but of {', '.join(map(str, FIELD_BITS))}"
         )
-    return packed | scaled_recipes(stored, _compressed_block(fields))
+    return packed | float4_recipes(stored) | scaled_recipes(stored, _compressed_block(fields))
 
 
 def _compressed_block(fields: Fields) -> tuple[int, int] | None:

@@ -174,6 +174,26 @@ def test_mxfp4_experts(tmp_path: Path) -> None:
     assert torch.equal(turned, got)
 
 
+@pytest.mark.parametrize("form", ["nvfp4-pack-quantized", "mxfp4-pack-quantized"])
+def test_float4_matrices(tmp_path: Path, form: str) -> None:
+    table = np.array((0, 0.5, 1, 1.5, 2, 3, 4, 6), np.float32)
+    codes = RNG.integers(0, 16, (6, 64))
+    values = table[codes & 7] * np.where(codes & 8, -1, 1).astype(np.float32)
+    stored = {"weight_packed": torch.from_numpy((codes[:, ::2] | (codes[:, 1::2] << 4)).astype(np.uint8))}
+    if form.startswith("nv"):
+        stored["weight_scale"] = torch.rand(6, 4).to(torch.float8_e4m3fn)
+        stored["weight_global_scale"] = torch.tensor([37.5])
+        scale = (stored["weight_scale"].float() / 37.5).numpy()
+    else:
+        stored["weight_scale"] = torch.from_numpy(RNG.integers(100, 140, (6, 2)).astype(np.uint8))
+        scale = 2.0 ** (stored["weight_scale"].numpy().astype(np.float32) - 127)
+    expected = values * scale.repeat(64 // scale.shape[1], 1)
+    got = read(
+        tmp_path, {f"m.{name}": tensor for name, tensor in stored.items()}, compressed(4, form), "m.weight"
+    )
+    assert np.array_equal(got.numpy(), expected)
+
+
 def test_widening_is_rounded_once_and_plain_tensors_stay(tmp_path: Path) -> None:
     weight = torch.randn(8, 8).to(torch.float8_e4m3fn)
     stored = {"m.weight": weight, "m.weight_scale": torch.tensor([0.3]), "n.weight": torch.ones(2)}
@@ -205,7 +225,7 @@ def refusal(folder: Path, stored: dict[str, torch.Tensor], quantisation: dict[st
         ({"quant_method": "awq", "bits": 4, "format": "marlin"}, "format = 'marlin'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
-        (compressed(4, "nvfp4-pack-quantized"), "'nvfp4-pack-quantized'"),
+        (compressed(6, "mxfp6-pack-quantized"), "'mxfp6-pack-quantized'"),
         (compressed(4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
         (compressed(4) | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
         (compressed(4), "no tensor is so stored"),
@@ -262,7 +282,16 @@ SUFFIXES = (
     "weight_shape",
     "weight_zero_point",
 )
-SUFFIXES += ("weight_g_idx", "qweight", "qzeros", "scales", "g_idx", "experts_blocks", "experts_scales")
+SUFFIXES += (
+    "weight_global_scale",
+    "weight_g_idx",
+    "qweight",
+    "qzeros",
+    "scales",
+    "g_idx",
+    "experts_blocks",
+    "experts_scales",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int32, torch.int64)
 DTYPES += (torch.float8_e4m3fn,)
 STORED = st.dictionaries(
@@ -280,6 +309,7 @@ CONFIGS = st.one_of(
             compressed(4),
             compressed(8),
             compressed(8, "float-quantized"),
+            compressed(4, "nvfp4-pack-quantized"),
             compressed(8, "int-quantized", block_structure=[2, 4]),
             {"quant_method": "fp8", "weight_block_size": [2, 4]},
             {"quant_method": "mxfp4"},
