@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from server.vocabulary import Vocabulary
 
+_LINE = "\n"  # no vocabulary merges it with the letters that follow
+
 
 class Tokenizer:
     """`special` decides what the text of a special token ("<|im_end|>") is: the token, or plain text.
@@ -84,6 +86,15 @@ class Tokenizer:
         if self.add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             return [self.bos_token_id, *ids]
         return ids
+
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of plain text in the middle of a text, without the space that SentencePiece puts before a
+        beginning."""
+        if self._bytes.strips_space:
+            lead, ids = self.encode(_LINE, special=False), self.encode(_LINE + text, special=False)
+            if ids[: len(lead)] == lead:
+                return ids[len(lead) :]
+        return self.encode(text, special=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True, *, begins: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Unknown ids have no text.

@@ -16,6 +16,9 @@ class ByteTokenizer:
     def encode(self, text: str, *, special: bool) -> list[int]:
         return [*text.encode()]
 
+    def encode_within(self, text: str) -> list[int]:
+        return self.encode(text, special=False)
+
     def encode_prompt(self, text: str) -> list[int]:
         return [*([BOS] if self.add_bos else []), *text.encode()]
 

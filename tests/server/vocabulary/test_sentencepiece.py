@@ -61,6 +61,16 @@ def test_texts_come_back_however_they_are_cut(kind: str) -> None:
             assert found + detokenizer.flush() == tokenizer.decode(ids, begins=False)
 
 
+def test_within_a_text_no_space_is_put_before_a_word() -> None:
+    tokenizer = trained("bpe")
+    beginning, within = tokenizer.encode("the", special=False), tokenizer.encode_within("the")
+    assert tokenizer.encode_within(" the") == beginning != within
+    assert b"".join(map(tokenizer.token_bytes, within)) == b"the"
+    assert trained("bpe_no_prefix").encode_within("the") == trained("bpe_no_prefix").encode(
+        "the", special=False
+    )
+
+
 def test_a_space_is_put_before_what_follows_a_special_token() -> None:
     old = trained("bpe")
     new = Tokenizer(folder._from_pieces(VECTORS / "bpe.model", [], {"legacy": False}, NO_ROWS_LACK))
