@@ -19,10 +19,11 @@ def kv_identity(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     Files are told apart by name, size and time of change: reading the weights again would delay every
     start. So a file that was only touched costs the cache, and never the right text.
     """
-    folder = checkpoint.kind == CheckpointKind.FOLDER
-    files = sorted(checkpoint.path.glob("*.safetensors")) if folder else [checkpoint.path]
+    files = [checkpoint.path]
+    if checkpoint.kind == CheckpointKind.FOLDER:  # config.json says how the weights are quantised
+        files = [path for name in ("config.json", "*.safetensors") for path in checkpoint.path.glob(name)]
     if checkpoint.adapter is not None:
-        files += sorted(checkpoint.adapter.glob("adapter_*"))
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        files += checkpoint.adapter.glob("adapter_*")
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     arithmetic = (str(dtype), device.type, torch.__version__, ops.ARITHMETIC_VERSION)
     return repr((weights, checkpoint.transformer, page_size, arithmetic)).encode()

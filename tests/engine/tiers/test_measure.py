@@ -79,11 +79,17 @@ def test_whatever_changes_the_numbers_changes_the_identity(tmp_path: Path, monke
         kv_identity(checkpoint, torch.bfloat16, CPU, 16),
         kv_identity(checkpoint, torch.float32, torch.device("cuda"), 16),
         kv_identity(checkpoint, torch.float32, CPU, 8),
-        kv_identity(replace(checkpoint, transformer=replace(TINY, rope_theta=5e5)), torch.float32, CPU, 16),
+        kv_identity(
+            replace(checkpoint, transformer=replace(TINY, rms_norm_eps=1e-4)), torch.float32, CPU, 16
+        ),
     }
     file.write_bytes(b"weighty")
     others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
+    (tmp_path / "config.json").write_text("{}")
+    others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"more")
+    others.add(kv_identity(replace(checkpoint, adapter=tmp_path), torch.float32, CPU, 16))
     monkeypatch.setattr("cuda_kernels.ops.ARITHMETIC_VERSION", 0)
     others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
     assert same not in others
-    assert len(others) == 6
+    assert len(others) == 8
