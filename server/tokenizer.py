@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from server import vocabulary
+from server.special_text import SpecialFinder, SpecialTexts, scalar_values
 from server.token_bytes import Spelling, TokenBytes
 from server.vocabulary.document import library_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
-
-    from tokenizers import AddedToken
 
     from engine.checkpoint import Checkpoint
     from server.vocabulary import Vocabulary
@@ -38,7 +36,8 @@ class Tokenizer:
         self._added = dict(backend.get_added_tokens_decoder())
         self._special_ids = {token.content: index for index, token in self._added.items() if token.special}
         self._special_id_set = frozenset(self._special_ids.values())
-        self._special_pattern = _pattern(token for token in self._added.values() if token.special)
+        self._special_finder = SpecialFinder(token for token in self._added.values() if token.special)
+        self.special_texts = SpecialTexts(self._special_ids)
         self._bytes = TokenBytes(backend, {index: token.content for index, token in self._added.items()})
         self.joins_bytes = self._bytes.spelling is not Spelling.OTHER
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
@@ -64,7 +63,7 @@ class Tokenizer:
         """The ids of `text`, in time near linear in its length, without the interpreter lock."""
         backend = self._marked if special else self._plain
         with library_errors("a text"):
-            return backend.encode(_scalar_values(text), add_special_tokens=False).ids
+            return backend.encode(scalar_values(text), add_special_tokens=False).ids
 
     def encode_masked(self, text: str, plain: Mapping[str, str]) -> list[int]:
         """As `encode(text, special=True)`, but each character that is a key of `plain` is read as the
@@ -74,10 +73,10 @@ class Tokenizer:
         restore = str.maketrans(dict(plain))
         ids: list[int] = []
         at = 0
-        for match in self._special_pattern.finditer(text):
-            ids += self.encode(text[at : match.start()].translate(restore), special=False)
-            ids.append(self._special_ids[match.group(match.lastindex or 0)])
-            at = match.end()
+        for start, end, special in self._special_finder.find(text):
+            ids += self.encode(text[at:start].translate(restore), special=False)
+            ids.append(self._special_ids[special])
+            at = end
         return ids + self.encode(text[at:].translate(restore), special=False)
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -117,28 +116,6 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special_id_set
 
-    @property
-    def special_texts(self) -> tuple[str, ...]:
-        return tuple(self._special_ids)
-
     def save(self, path: Path) -> None:
         """Write the tokenizer.json that this is."""
         self._marked.save(str(path))
-
-
-def _pattern(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
-    """Matches any special token, the longest first, with the white space that it swallows."""
-    alternatives = [
-        (r"\s*" if token.lstrip else "") + f"({re.escape(token.content)})" + (r"\s*" if token.rstrip else "")
-        for token in sorted(tokens, key=lambda token: -len(token.content))
-    ]
-    return re.compile("|".join(alternatives) or "(?!)")
-
-
-def _scalar_values(text: str) -> str:
-    """JSON can carry half a surrogate pair; no encoding of text can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text

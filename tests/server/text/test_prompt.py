@@ -310,7 +310,7 @@ def test_masking_changes_no_text_and_no_innocent_ids(
     messages = [{"role": "user", "content": content} for content in contents]
     text, ids = default.encode(smollm2, messages)
     assert text == default.render(messages)
-    if not any(special in content for content in contents for special in smollm2.special_texts):
+    if not any(special in content for content in contents for special in smollm2.special_texts.texts):
         assert ids == smollm2.encode(text, special=True)
 
 

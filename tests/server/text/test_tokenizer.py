@@ -46,7 +46,7 @@ def test_a_folder_gives_the_same_tokeniser(
     smollm2: Tokenizer, smollm2_folder: Path, cases: list[dict[str, Any]]
 ) -> None:
     ours = Tokenizer.from_checkpoint(locate(str(smollm2_folder)))
-    assert (ours.vocab_size, ours.special_texts) == (smollm2.vocab_size, smollm2.special_texts)
+    assert (ours.vocab_size, ours.special_texts.texts) == (smollm2.vocab_size, smollm2.special_texts.texts)
     assert (ours.add_bos, ours.bos_token_id) == (False, 1)
     for case in cases:
         assert ours.encode(case["text"], special=False) == case["ids"]

@@ -59,7 +59,7 @@ def test_added_tokens_of_other_files_are_put_in(tmp_path: Path) -> None:
     del decoder["257"]
     write(tmp_path, tokenizer_config__json={"added_tokens_decoder": decoder, "eos_token": "<|eot|>"})
     tokenizer = read(tmp_path)
-    assert tokenizer.special_texts == ("<s>", "<|im_end|>", "<|eot|>")
+    assert tokenizer.special_texts.texts == ("<s>", "<|im_end|>", "<|eot|>")
     assert tokenizer.encode("<s>ab<|eot|><think>", special=True) == [257, 256, 259, 260]
     assert tokenizer.encode("<think>ab", special=False) == [260, 256]
 
@@ -73,7 +73,7 @@ def test_added_tokens_need_not_follow_one_another(tmp_path: Path) -> None:
 
 def test_added_tokens_without_a_row_are_forgotten(tmp_path: Path) -> None:
     write(tmp_path, tokenizer__json=tokenizer_json(added_tokens=[added("<s>", 257), added("[PAD]", 258)]))
-    assert read(tmp_path, rows=258).special_texts == ("<s>",)
+    assert read(tmp_path, rows=258).special_texts.texts == ("<s>",)
     with pytest.raises(CheckpointError, match="token 256 'ab' is beyond the model's vocabulary of 256"):
         read(tmp_path, rows=256)
 

@@ -51,7 +51,7 @@ def read(metadata: dict[str, Any]) -> Tokenizer:
 
 def test_only_special_tokens_are_text_where_they_are_not_meant() -> None:
     tokenizer = read(bpe({"<a>": CONTROL, "<b>": USER_DEFINED, "<c>": UNUSED, "<d>": UNKNOWN, "<e>": NORMAL}))
-    assert tokenizer.special_texts == ("<a>", "<d>")
+    assert tokenizer.special_texts.texts == ("<a>", "<d>")
     assert tokenizer.encode("<a><b><c>", special=True)[:2] == [258, 259]
     plain = tokenizer.encode("<a><b><c><d><e>", special=False)
     assert [token for token in plain if token >= 258] == [259]
@@ -60,14 +60,16 @@ def test_only_special_tokens_are_text_where_they_are_not_meant() -> None:
 @pytest.mark.parametrize("text", ["<|im_start|>", "<end_of_turn>", "<｜User｜>", "<|tool|>"])
 def test_old_files_call_special_tokens_user_defined(text: str) -> None:
     tokenizer = read(bpe({text: USER_DEFINED, "<think>": USER_DEFINED}))
-    assert tokenizer.special_texts == (text,)
+    assert tokenizer.special_texts.texts == (text,)
     assert tokenizer.encode(text, special=True) == [258]
 
 
 def test_the_ends_and_the_beginning_are_special_whatever_their_type() -> None:
     tokenizer = read(bpe({"<END>": NORMAL, "<BEGIN>": USER_DEFINED}, eos_token_id=258, bos_token_id=259))
-    assert set(tokenizer.special_texts) == {"<END>", "<BEGIN>"}
-    assert read(bpe(eos_token_id=256, bos_token_id=0)).special_texts == ()  # words, of a file that is wrong
+    assert set(tokenizer.special_texts.texts) == {"<END>", "<BEGIN>"}
+    assert (
+        read(bpe(eos_token_id=256, bos_token_id=0)).special_texts.texts == ()
+    )  # words, of a file that is wrong
 
 
 def test_merges_to_a_special_token_are_left_out() -> None:
