@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from engine.weights.errors import CheckpointError
 
 _MAX_SHOWN = 80
+_MAX_NUMBER = sys.float_info.max  # JSON has integers beyond it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         """More than 0, and finite."""
         value = self._get(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise self.unsupported(name, value)
         return float(value)
 
@@ -50,7 +51,7 @@ class Fields:
         values = self._get(name, None)
         if not isinstance(values, list | tuple) or len(values) != length:
             raise self.unsupported(name, values, f"; {length} numbers are needed")
-        if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+        if not all(map(_is_positive, values)):
             raise self.unsupported(name, values)
         return tuple(map(float, values))
 
@@ -86,6 +87,10 @@ class Fields:
         if value is None and default is None:
             raise CheckpointError(f"{self.source} lacks {self.prefix}{name}")
         return default if value is None else value
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= _MAX_NUMBER
 
 
 def unsupported(name: str, value: object, more: str = "") -> CheckpointError:

@@ -24,7 +24,7 @@ def llama4(header: Header) -> dict[str, Any]:
 def _gemma(header: Header, largest: int) -> dict[str, Any]:
     """Stored norms have their offset added already."""
     fields, hidden_size = header.fields, header.fields.count("embedding_length")
-    per_head = hidden_size // fields.count("attention.head_count")
+    per_head = max(1, hidden_size // fields.count("attention.head_count"))
     return {
         "norm_placement": NormPlacement.SANDWICH,
         "activation": Activation.GELU_TANH,

@@ -63,10 +63,11 @@ def _exponents(rope: Rope) -> torch.Tensor:
 
 def _llama3(plain: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     """Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than
-    original / high_freq_factor stay, the ones between are interpolated (Llama 3.1)."""
+    original / high_freq_factor stay, the ones between are interpolated (Llama 3.1); between equal factors, as
+    Llama 4 has them, there are none."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     turns = scaling.original_max_positions * plain / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    keep = ((turns - low) / ((high - low) or 1e-9)).clamp(0.0, 1.0)
     return plain * keep + plain / scaling.factor * (1.0 - keep)
 
 
@@ -75,8 +76,9 @@ def _yarn(plain: torch.Tensor, rope: Rope, scaling: RopeScaling) -> torch.Tensor
     than `beta_slow` times are stretched, with a ramp over the pairs between (Peng 2023)."""
 
     def pair_that_turns(times: float) -> float:
-        share = scaling.original_max_positions / (times * 2 * math.pi)
-        return rope.num_rotated * math.log(share) / (2 * math.log(rope.theta))
+        # A sum of logarithms: `times` may be any number, and its product none.
+        share = math.log(scaling.original_max_positions / (2 * math.pi)) - math.log(times)
+        return rope.num_rotated * share / (2 * math.log(rope.theta))
 
     first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
     if scaling.truncate:

@@ -100,8 +100,7 @@ def _check_rope(rope: Rope) -> None:
         return
     if scaling.kind is ScalingKind.DYNAMIC and rope.num_rotated <= 2:
         raise CheckpointError(f"dynamic rotary scaling needs more than {rope.num_rotated} rotated numbers")
-    if scaling.kind is ScalingKind.LLAMA3 and scaling.low_freq_factor >= scaling.high_freq_factor:
+    if scaling.kind is ScalingKind.LLAMA3 and scaling.low_freq_factor > scaling.high_freq_factor:
         raise CheckpointError(
-            f"low_freq_factor {scaling.low_freq_factor} is not below high_freq_factor "
-            f"{scaling.high_freq_factor}"
+            f"low_freq_factor {scaling.low_freq_factor} is above high_freq_factor {scaling.high_freq_factor}"
         )

@@ -36,7 +36,14 @@ YARNS = {
     "yarn_mscale_equal": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 1.0},
     "yarn_betas": YARN_ROPE | {"beta_fast": 8.0, "beta_slow": 2.0},
 }
-PLAIN = {"linear": LINEAR, "llama3": LLAMA3_ROPE, "longrope": longrope(16, ORIGINAL), **YARNS}
+STEP = LLAMA3_ROPE | {"high_freq_factor": 1.0}  # Llama 4's
+PLAIN = {
+    "linear": LINEAR,
+    "llama3": LLAMA3_ROPE,
+    "llama3_step": STEP,
+    "longrope": longrope(16, ORIGINAL),
+    **YARNS,
+}
 
 
 def reference(rope: dict[str, Any], folder: Path, max_positions: int = 512) -> PreTrainedModel:

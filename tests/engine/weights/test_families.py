@@ -101,6 +101,7 @@ def test_the_older_word_for_the_kind_of_scaling() -> None:
         ({"vocab_size": 2**40}, "vocab_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta = 1000"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ({"num_key_value_heads": 3}, "8 attention heads"),
         ({"head_dim": 7}, "head size 7"),
