@@ -35,6 +35,7 @@ _EXPERT_KEYS = frozenset(
     }
 )  # fmt: skip
 _WINDOW_KEYS = frozenset({"attention.sliding_window", "attention.sliding_window_pattern"})
+_BESIDE_THE_TEXT = ("vision.", "mm.")  # of an image's encoder and its way into the text
 _SOFT_CAPS = frozenset({"attn_logit_softcapping", "final_logit_softcapping"})
 
 
@@ -59,8 +60,9 @@ def read_gguf_config(
     prefix = f"{family.architecture}."
     own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     fields = Fields("metadata", own, prefix)
+    known = _KEYS | family.keys
     for key, value in own.items():
-        if key not in _KEYS and key not in family.keys and value:
+        if value and key not in known and not key.startswith(_BESIDE_THE_TEXT):
             raise fields.unsupported(key, value)
     hidden_size, num_heads = fields.count("embedding_length"), fields.count("attention.head_count")
     head_dim = fields.count("attention.key_length", max(1, hidden_size // num_heads))

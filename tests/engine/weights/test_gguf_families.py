@@ -67,6 +67,13 @@ def test_gemma_3_stretches_the_positions_of_global_layers_only() -> None:
     assert len(set(read("gemma3").layers)) == 1, "no window, no local layers"
 
 
+def test_what_images_need_is_no_part_of_the_text() -> None:
+    """Google's own files of Gemma 3 say it beside the text model; the tensors lie in another file."""
+    text = {"attention.sliding_window": 64}
+    images = {"mm.tokens_per_image": 256, "vision.block_count": 27, "vision.attention.head_count": 16}
+    assert read("gemma3", text | images) == read("gemma3", text)
+
+
 def test_a_file_may_say_which_layers_are_local() -> None:
     fields = {"attention.sliding_window": 64, "attention.sliding_window_pattern": 3}
     assert [layer.window for layer in read("gemma3", fields).layers[:4]] == [64, 64, 0, 64]
