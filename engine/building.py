@@ -29,6 +29,7 @@ from engine.tiers.host import HostPool
 from engine.tiers.identity import kv_identity
 from engine.tiers.measure import measure_copies
 from engine.weights.loader import load_weights
+from engine.weights.paths import named_path
 from scheduler.machine import MachineError
 from scheduler.scheduler import Scheduler
 
@@ -76,7 +77,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     checkpoint = locate(config.model, config.revision)
     max_model_len = _max_model_len(config, checkpoint)
     shape = for_context(checkpoint.transformer, max_model_len)
-    adapter = Path(config.lora).expanduser() if config.lora else None
+    adapter = named_path(config.lora, "lora") if config.lora else None
     checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device, free_bytes(device))

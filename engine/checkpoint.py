@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.models.families import from_config_json, from_gguf
@@ -18,9 +17,11 @@ from engine.weights import embedded, folder_text, gguf_text, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.gguf import GGUFFile, read_gguf
 from engine.weights.json_files import read_json_object
+from engine.weights.paths import named_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from engine.models.config import TransformerConfig
     from engine.weights.gguf import TensorInfo
@@ -66,7 +67,7 @@ def locate(model: str, revision: str = "") -> Checkpoint:
 
     Raises CheckpointError when there is no such thing, or when it is not supported.
     """
-    path = Path(model).expanduser()
+    path = named_path(model)
     if not model or (model == embedded.NAME and not path.exists()):
         return _default()
     if path.is_dir():
@@ -137,6 +138,10 @@ def _rope_factors(file: GGUFFile, info: TensorInfo) -> tuple[float, ...]:
 
 
 def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: no config.json, so no folder of a checkpoint; a .gguf file is served by its own path"
+        )
     config = read_json_object(folder / "config.json")
     texts = folder_text.read(folder)
     try:
@@ -153,7 +158,7 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         path=folder,
         kind=CheckpointKind.FOLDER,
         transformer=transformer,
-        size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file()),
         eos_token_ids=tuple(dict.fromkeys(end_ids)),
         bos_token_id=next(iter(_ids("bos_token_id", begin)), None),
         add_bos=texts.add_bos(),

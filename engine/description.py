@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind
@@ -16,6 +15,7 @@ from engine.models.context import for_context
 from engine.models.kv_groups import kv_groups
 from engine.weights.layout_folder import folder_targets
 from engine.weights.layout_gguf import gguf_targets
+from engine.weights.paths import named_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +99,7 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
         dtype = building._dtype(config.dtype, device)
         max_model_len = building._max_model_len(config, checkpoint)
         shape = for_context(checkpoint.transformer, max_model_len)
-        adapter = Path(config.lora).expanduser() if config.lora else None
+        adapter = named_path(config.lora, "lora") if config.lora else None
         checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
         free = building.free_bytes(device)
         stored_as, weight_bytes = check_weights(checkpoint, dtype, device, free)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import CheckpointError
+from engine.weights.paths import named_path
 from server import logs
 from server.prompt import DEFAULT, ChatTemplate, ChatTemplates, TemplateError, TemplateLimits
 from server.template_process import TemplateUnavailable
@@ -44,7 +44,7 @@ def check_named_file(config: ServerConfig, templates: ChatTemplates | None) -> N
 
 
 def _text_of(name: str) -> str:
-    path = Path(name).expanduser()
+    path = named_path(name, "chat_template")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_TEMPLATE_BYTES + 1)

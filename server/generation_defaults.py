@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import CheckpointError
 from engine.weights.json_files import read_json_object
+from engine.weights.paths import named_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +107,7 @@ def _given(setting: str, checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]
         return "", {}
     if not _is_path(setting):
         return f"{checkpoint.path}: the model's generation defaults", checkpoint.generation
-    path = Path(setting).expanduser()
+    path = named_path(setting, "generation_config")
     path = path / _FILE if path.is_dir() else path
     return f"generation_config {path}", read_json_object(path)
 

@@ -27,6 +27,7 @@ SERVER_SEES = {
     "engine.weights",  # .embedded: where the default model lies
     "engine.weights.gguf",
     "engine.weights.json_files",
+    "engine.weights.paths",
     "scheduler.config",
     "scheduler.costs",
     "scheduler.machine",

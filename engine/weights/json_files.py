@@ -29,6 +29,8 @@ def read_text(path: Path) -> str:
     """The UTF-8 text of `path`. Raises CheckpointError, also when the file is absent."""
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise CheckpointError(f"{path}: neither a file nor a link to one")
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path}: {size} bytes, more than the {MAX_JSON_BYTES} that are read")
         return path.read_text(encoding="utf-8")

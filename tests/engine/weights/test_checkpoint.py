@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     assert "no folder" in refusal("gone.gguf")
     (tmp_path / "weights.bin").write_bytes(b"x")
     assert "not .gguf" in refusal(str(tmp_path / "weights.bin"))
-    assert "config.json" in refusal(str(tmp_path))
+    assert "no config.json, so no folder of a checkpoint" in refusal(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
     assert "not JSON" in refusal(str(tmp_path))
     (tmp_path / "config.json").write_text("[" * 100_000)
@@ -119,6 +120,22 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     assert "eos_token_id" in refusal(str(tmp_path))
     write_json(tmp_path / "config.json", LLAMA | {"hidden_act": "relu"})
     assert "hidden_act" in refusal(str(tmp_path))
+
+
+def test_what_can_be_no_path_is_refused_in_one_line() -> None:
+    assert "x" * 200 in refusal("x" * 5000)
+    assert "home" in refusal("~nobody-of-this-name/model")
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    """Nobody would ever write into it."""
+    os.mkfifo(tmp_path / "config.json")
+    assert "neither a file nor a link to one" in refusal(str(tmp_path))
+
+
+def test_a_link_to_weights_that_are_gone_has_no_bytes(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    assert folder(tmp_path).size_bytes == 0
 
 
 FETCH = """
