@@ -3,7 +3,8 @@
 The token of place t is a function of (prompt, seed, choice, t) alone, so the output that a request
 must have does not depend on scheduling. What a slot of a page holds is a hash of all the tokens that
 a true KV would depend on; every slice reads back its whole prefix through the page table that the
-plans built up, so a page that is lost, shared wrongly or overwritten is noticed.
+plans built up, so a page that is lost, shared wrongly or overwritten is noticed. In a group of layers with
+a span it reads what the slice sees there, and no more.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from scheduler.choices import max_tokens_of
 from scheduler.plan import Advance, Tier
+from scheduler.spans import NO_PAGE
 from scheduler.types import EMPTY_WINDOW, FinishReason, Visibility, Window
 
 if TYPE_CHECKING:
@@ -43,6 +45,11 @@ def true_output(request: Request, index: int, max_model_len: int) -> tuple[tuple
     return tuple(output), FinishReason.LENGTH
 
 
+def _in_group(content: int, group: int) -> int:
+    """The KV of the same token differs between groups of layers."""
+    return hash((content, group)) if group else content
+
+
 @dataclass(slots=True)
 class _Memory:
     """What the engine knows of one sequence: its page table, and what its slots should hold."""
@@ -61,6 +68,7 @@ class FakeRunner:
         self._rng = rng
         self._failing = failing
         self._page_size = scheduler.config.page_size
+        self._spans = scheduler.spans
         self._tiers = tiers
         self._known: dict[int, _Memory] = {}
         self.prompt_logits: dict[tuple[str, int], list[int]] = {}  # slots reported, by choice
@@ -112,30 +120,43 @@ class FakeRunner:
         reported += [slot for slot in asked if slot < len(request.prompt_ids) - 1]
 
     def _compute(self, piece: Slice, sequence: Sequence) -> None:
-        """Extend the page table, read the whole prefix back, write the new slots."""
+        """Extend the page table, read back what the slice sees, write the new slots."""
         if piece.first_new_page == 0:
             self._known[piece.seq_id] = _Memory(contents=self._causal(sequence, piece.start))
         memory = self._known[piece.seq_id]
         assert piece.first_new_page <= len(memory.table), "a gap in the page table"
         memory.table[piece.first_new_page :] = piece.new_pages
         end = piece.start + len(piece.tokens)
-        assert end <= len(memory.table) * self._page_size, "slots without a page"
+        assert end * len(self._spans) <= len(memory.table) * self._page_size, "slots without a page"
         assert len(memory.contents) >= piece.start, "a slice behind a gap"
         del memory.contents[piece.start :]
-        held = [content for page in memory.table for content in self._tiers.pages[Tier.DEVICE, page]]
-        assert held[: piece.start] == memory.contents, (
-            f"sequence {piece.seq_id} finds foreign KV in its pages"
-        )
+        for group in range(len(self._spans)):
+            self._read(memory, group, piece)
         memory.contents += self._kv(piece, memory.contents, sequence)
-        self._write(memory, piece.start, end)
+        for group in range(len(self._spans)):
+            self._write(memory, group, piece.start, end)
 
-    def _write(self, memory: _Memory, start: int, end: int) -> None:
+    def _read(self, memory: _Memory, group: int, piece: Slice) -> None:
+        span = self._spans[group]
+        for slot in range(max(0, piece.start + 1 - span) if span else 0, piece.start):
+            page = self._page(memory, group, slot)
+            assert page != NO_PAGE, f"sequence {piece.seq_id} lacks a page that it sees"
+            assert self._scheduler._pool.references[page] > 0, "a page is read that nobody holds"
+            held = self._tiers.pages[Tier.DEVICE, page][slot % self._page_size]
+            expected = _in_group(memory.contents[slot], group)
+            assert held == expected, f"sequence {piece.seq_id} finds foreign KV in its pages"
+
+    def _write(self, memory: _Memory, group: int, start: int, end: int) -> None:
         pool = self._scheduler._pool
         for slot in range(start, end):
-            page = memory.table[slot // self._page_size]
+            page = self._page(memory, group, slot)
             assert pool.references[page] == 1, "a shared page is written"
             assert page not in pool.key_of, "a findable page is written"
-            self._tiers.pages[Tier.DEVICE, page][slot % self._page_size] = memory.contents[slot]
+            content = _in_group(memory.contents[slot], group)
+            self._tiers.pages[Tier.DEVICE, page][slot % self._page_size] = content
+
+    def _page(self, memory: _Memory, group: int, slot: int) -> int:
+        return memory.table[slot // self._page_size * len(self._spans) + group]
 
     def _root(self, sequence: Sequence) -> int:
         own = "" if self._scheduler.config.prefix_cache else sequence.request.request_id

@@ -10,7 +10,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from scheduler.plan import Tier
-from scheduler.prefix import page_key
+from scheduler.prefix import group_key, page_key
+from scheduler.spans import NO_PAGE
 from scheduler.types import SequenceState
 
 if TYPE_CHECKING:
@@ -104,8 +105,11 @@ def _check_shared(scheduler: Scheduler, plan: StepPlan) -> None:
     for group in plan.shared:
         assert len(group.seq_ids) > 1, "a group of one"
         assert group.num_pages * scheduler.config.page_size >= scheduler.config.min_shared_tokens
-        tables = {tuple(scheduler._sequences[number].pages[: group.num_pages]) for number in group.seq_ids}
-        assert len(tables) == 1, "a group that shares other pages"
+        tables = [scheduler._sequences[number].pages[:: len(scheduler.spans)] for number in group.seq_ids]
+        assert len({tuple(pages[: group.num_pages]) for pages in tables}) == 1, (
+            "a group that shares other pages"
+        )
+        assert scheduler.spans[0] == 0, "layers that do not see all of it share a prefix"
         for number in group.seq_ids:
             assert starts[number] >= group.num_pages * scheduler.config.page_size, "shared before computed"
 
@@ -117,7 +121,7 @@ def _check_copies(scheduler: Scheduler, plan: StepPlan) -> None:
     for piece in plan.slices:
         sequence = scheduler._sequences[piece.seq_id]
         assert written.isdisjoint(sequence.pages), "a page is used before its copy has landed"
-        computed = sequence.pages[piece.start // scheduler.config.page_size :]
+        computed = sequence.pages[piece.start // scheduler.config.page_size * len(scheduler.spans) :]
         assert read.isdisjoint(computed), "a page is written while it is copied"
 
 
@@ -136,7 +140,8 @@ def _check_pool(scheduler: Scheduler) -> None:
 
 
 def _check_owners(scheduler: Scheduler) -> None:
-    counted = Counter(page for piece in scheduler._sequences.values() for page in piece.pages)
+    sequences = scheduler._sequences.values()
+    counted = Counter(page for piece in sequences for page in piece.pages if page != NO_PAGE)
     for copy in scheduler._tiers.in_flight.values():
         counted.update([copy.source_page] if copy.source is Tier.DEVICE else [])
         counted.update([copy.target_page] if copy.target is Tier.DEVICE else [])
@@ -229,27 +234,44 @@ def _check_requests(scheduler: Scheduler) -> None:
 
 
 def _check_sequence(scheduler: Scheduler, sequence: Sequence) -> None:
-    name, size = f"sequence {sequence.seq_id}", scheduler.config.page_size
+    name, size, num_groups = f"sequence {sequence.seq_id}", scheduler.config.page_size, len(scheduler.spans)
     prompt = list(sequence.request.prompt_ids)
     assert sequence.tokens[: len(prompt)] == prompt, f"{name}: its prompt has changed"
     assert len(sequence.tokens) <= scheduler.max_model_len, f"{name} is longer than the context"
-    assert sequence.num_computed <= len(sequence.pages) * size, f"{name}: computed beyond its pages"
+    num_blocks = len(sequence.pages) // num_groups
+    assert num_blocks * num_groups == len(sequence.pages), f"{name} lacks a page of some layers"
+    assert sequence.num_computed <= num_blocks * size, f"{name}: computed beyond its pages"
     assert sequence.num_computed <= len(sequence.tokens), f"{name}: computed beyond its tokens"
     assert sequence.num_findable <= sequence.num_computed, f"{name}: more findable than computed"
     assert sequence.num_computed < sequence.num_tokens, f"{name} has nothing to compute"
-    assert len(sequence.pages) * size < sequence.num_tokens + size, f"{name} holds idle pages"
+    assert num_blocks * size < sequence.num_tokens + size, f"{name} holds idle pages"
     assert sequence.num_pages_sent <= len(sequence.pages), f"{name}: the engine knows too many pages"
-    assert len(set(sequence.pages)) == len(sequence.pages), f"{name} holds a page twice"
+    _check_holes(scheduler, sequence)
     parent = sequence.root_key
     for number in range(len(sequence.tokens) // size):
         parent = page_key(parent, sequence.tokens[number * size : (number + 1) * size])
-        if number < len(sequence.page_keys):
-            assert sequence.page_keys[number] == parent, f"{name}: key {number} does not match its tokens"
-        if number < sequence.num_findable // size:
-            found = scheduler._pool.key_of.get(sequence.pages[number])
-            assert found in (None, parent), f"{name}: page {number} can be found as other content"
-    for page in sequence.pages[sequence.num_findable // size :]:
+        for group in range(num_groups):
+            entry, key = number * num_groups + group, group_key(parent, group) if group else parent
+            if entry < len(sequence.page_keys):
+                assert sequence.page_keys[entry] == key, f"{name}: key {entry} does not match its tokens"
+            if number < sequence.num_findable // size:
+                found = scheduler._pool.key_of.get(sequence.pages[entry])
+                assert found in (None, key), f"{name}: page {entry} can be found as other content"
+    for page in sequence.pages[sequence.num_findable // size * num_groups :]:
         assert page not in scheduler._pool.key_of, f"{name}: private page {page} can be found"
+
+
+def _check_holes(scheduler: Scheduler, sequence: Sequence) -> None:
+    """A page is let go of when no token from the last full page's end on sees one of its slots."""
+    name, size = f"sequence {sequence.seq_id}", scheduler.config.page_size
+    held = [page for page in sequence.pages if page != NO_PAGE]
+    assert len(set(held)) == len(held), f"{name} holds a page twice"
+    next_token = sequence.num_computed // size * size
+    for entry, page in enumerate(sequence.pages):
+        number, group = divmod(entry, len(scheduler.spans))
+        span, last_slot = scheduler.spans[group], number * size + size - 1
+        is_seen = not span or last_slot > next_token - span
+        assert is_seen == (page != NO_PAGE), f"{name}: page {entry} is held for nothing, or lost"
 
 
 def _check_order(scheduler: Scheduler) -> None:

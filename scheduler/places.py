@@ -75,7 +75,7 @@ class Places:
 
     def join(self, sequence: Sequence) -> None:
         """A sequence begins to wait for its first place."""
-        sequence.num_found = len(self.tables.find(sequence)) * self.tables.page_size
+        sequence.num_found = self.tables.num_slots(self.tables.find(sequence))
         self.policy.enter(sequence)
         sequence.level = self.policy.level(sequence)
         self.counts.entered(sequence.level)
@@ -98,7 +98,7 @@ class Places:
 
     def set_aside(self, sequence: Sequence, reason: str, beneficiary: Sequence) -> None:
         """Preempt: the sequence drops its pages and waits again, where its arrival puts it."""
-        pages = list(sequence.pages)
+        pages = list(self.tables.held(sequence.pages))
         self._stop_running(sequence)
         sequence.num_preemptions += 1
         self.aside.add(sequence.seq_id)
@@ -172,7 +172,7 @@ class Places:
         sequence = self.parked.pop(seq_id, None)
         if sequence is not None:
             sequence.parked_behind = -1
-            sequence.num_found = len(self.tables.find(sequence)) * self.tables.page_size
+            sequence.num_found = self.tables.num_slots(self.tables.find(sequence))
             level = self.policy.level(sequence)
             self.counts.moved(sequence.level, level)
             sequence.level = level

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 class Slice(NamedTuple):
     """The tokens of one sequence that one step computes.
 
-    Slot k of the sequence lives in page `k // page_size` of its page table. The slice fills slots
-    `start .. start + len(tokens)`; its last `num_window` tokens are the sequence's window (all of it,
-    or none). `new_pages` extends the page table from entry `first_new_page` on; `first_new_page == 0`
-    means a fresh table (first admission, or resumption after a preemption).
+    Slot k of the sequence lives in block `k // page_size` of its page table, where every group of layers
+    has a page: entry `block * num_groups + group`. The slice fills slots `start .. start + len(tokens)`; its
+    last `num_window` tokens are the sequence's window (all of it, or none). `new_pages` extends the page
+    table from entry `first_new_page` on; `first_new_page == 0` means a fresh table (first admission, or
+    resumption after a preemption). Entries of groups with a span that no token from `start` on sees are
+    void: they were let go of, or never had a page (NO_PAGE).
     """
 
     seq_id: int
@@ -70,8 +72,8 @@ class Copied:
 
 @dataclass(frozen=True, slots=True)
 class SharedPages:
-    """Sequences of one step whose first `num_pages` pages are the same ones, all computed before: their
-    attention over those may be computed together."""
+    """Sequences of one step whose first `num_pages` pages of group 0, whose layers see everything, are the
+    same ones, all computed before: their attention over those may be computed together."""
 
     num_pages: int
     seq_ids: tuple[int, ...]

@@ -47,8 +47,6 @@ from scheduler.sharing import Frontier
 from scheduler.slicing import make_slice, portion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from scheduler.agenda import Order
     from scheduler.config import SchedulerConfig
     from scheduler.costs import CostModel
@@ -107,7 +105,7 @@ class Planner:
             if behind[-1].order < order:
                 break
             found = self._tables.find(sequence)
-            if self._waits_for_another(sequence, len(found)):
+            if self._waits_for_another(sequence, found):
                 continue
             victims = self._victims(sequence, order, found, behind)
             if victims is None and sequence.is_overdue:
@@ -171,34 +169,39 @@ class Planner:
 
     def _restore_s(self, victim: Sequence) -> float:
         """What it takes to bring back what the sequence has computed, if it loses its pages."""
-        size, tiers = self._tables.page_size, self._tables.tiers
-        keys = victim.page_keys[: victim.num_findable // size]
-        num_below = tiers.count_on_host(keys) if tiers.enabled else 0
+        tables, size = self._tables, self._tables.page_size
+        num_below = 0
+        if tables.tiers.enabled:
+            on_host = tables.tiers.host.page_of.__contains__
+            num_below = tables.reach(victim, on_host, victim.num_findable // size)
         num_lost = victim.num_computed - num_below * size
         config = self._config
         recompute_s = self._costs.prefill(
             num_below * size, num_lost, config.max_num_batched_tokens, config.max_num_seqs
         )
-        return num_below * self._costs.host_page_s + recompute_s
+        num_pages = num_below * tables.num_groups - tables.spans.num_unseen(num_below)
+        return num_pages * self._costs.host_page_s + recompute_s
 
     def _pages_back(self, victim: Sequence, found: list[int]) -> int:
         """Pages that become available when one sequence goes, at the least: shared ones may stay."""
         references = self._tables.pool.references
         kept = set(found)
-        own = sum(1 for page in victim.pages if references[page] == 1 and page not in kept)
-        return own + self._tables.missing(victim, victim.num_tokens) + 1
+        held = self._tables.held(victim.pages)
+        own = sum(1 for page in held if references[page] == 1 and page not in kept)
+        return own + self._due(victim, victim.num_tokens + self._tables.page_size)
 
     # Round 2
 
     def _serve_running(self, ranked: list[Sequence]) -> tuple[list[Slice], int]:
         running, size = self._places.running, self._tables.page_size
+        num_groups = self._tables.num_groups
         shares, left = self._share_tokens(ranked)
         slices = []
         for number, sequence in enumerate(ranked):
             share = shares[number]
             if not share or sequence.seq_id not in running:
                 continue
-            fits = sequence.num_computed + share <= len(sequence.pages) * size
+            fits = (sequence.num_computed + share) * num_groups <= len(sequence.pages) * size
             if fits or self._provide(ranked, number, share):
                 slices.append(make_slice(sequence, share))
         return slices, left
@@ -253,12 +256,14 @@ class Planner:
         """When pages run short, those of the last in order begin to be copied down before they are taken:
         once they are, it is too late."""
         tables, running = self._tables, self._places.running
+        num_groups = tables.num_groups
         if tables.pool.available * COPY_AHEAD_SHARE > tables.pool.num_pages:
             return
         for sequence in ranked[-COPIED_AHEAD:]:
-            full_pages = sequence.num_findable // tables.page_size
+            full_pages = sequence.num_findable // tables.page_size * num_groups
             if sequence.seq_id in running and sequence.num_offered < full_pages:
-                tables.tiers.put_aside(sequence.pages[sequence.num_offered : full_pages], sequence.order[0])
+                pages = tables.held(sequence.pages[sequence.num_offered : full_pages])
+                tables.tiers.put_aside(pages, sequence.order[0])
                 sequence.num_offered = full_pages
 
     # Round 3
@@ -300,12 +305,13 @@ class Planner:
     def _ready(self, sequence: Sequence) -> list[int] | None:
         """The pages found for the first of the queue; None: it is parked until there are more."""
         found = self._tables.find(sequence)
-        if self._waits_for_another(sequence, len(found)) or self._fetches(sequence, found):
+        if self._waits_for_another(sequence, found) or self._fetches(sequence, found):
             return None
         return found
 
-    def _waits_for_another(self, sequence: Sequence, num_found: int) -> bool:
+    def _waits_for_another(self, sequence: Sequence, found: list[int]) -> bool:
         places = self._places
+        num_found = len(found) // self._tables.num_groups
         if self._frontier is None:
             self._frontier = Frontier(self._tables, places.running.values())
         shared = self._frontier.computing_for(sequence, num_found, self._config.min_shared_tokens)
@@ -318,24 +324,28 @@ class Planner:
 
     def _fetches(self, sequence: Sequence, found: list[int]) -> bool:
         tables, tiers = self._tables, self._tables.tiers
-        if not tiers.enabled or len(found) <= sequence.fetched_after:
+        if not tiers.enabled:
             return False
-        keys = tables.find_below(sequence, len(found))
-        if not keys or self._needed_pages(sequence, found) > self._spare_pages():
+        num_found = len(found) // tables.num_groups
+        num_blocks, keys = tables.find_below(sequence)
+        num_there = num_blocks * tables.num_groups - tables.spans.num_unseen(num_blocks) - len(keys)
+        if num_blocks <= num_found or num_there <= sequence.fetched_after:
+            return False
+        if self._needed_pages(sequence, found) > self._spare_pages():
             return False
         costs, config = self._costs, self._config
         computing_s = costs.prefill(
-            len(found) * tables.page_size,
-            len(keys) * tables.page_size,
+            num_found * tables.page_size,
+            (num_blocks - num_found) * tables.page_size,
             config.max_num_batched_tokens,
             config.max_num_seqs,
         )
         if tiers.seconds(keys, costs.host_page_s, costs.disk_page_s) >= computing_s:
             return False
-        tables.pool.touch(found)
+        tables.touch(sequence, num_blocks)
         if not tiers.fetch(sequence.seq_id, keys):
             return False
-        sequence.fetched_after = len(found)
+        sequence.fetched_after = num_there
         self._places.park(sequence)
         return True
 
@@ -347,40 +357,65 @@ class Planner:
     def _spare_pages(self) -> int:
         """Available pages that nobody who runs is expected to need. Admitting beyond that would end in
         preemptions and in tokens computed twice."""
-        size, running = self._tables.page_size, self._places.running
-        promised = 0
-        for piece in running.values():  # as `_goal`, inline: this is walked in every plan
+        running = self._places.running.values()
+        promised = self._promised_to_fetching()
+        if self._tables.spans.slide:
+            return (
+                self._tables.pool.available
+                - promised
+                - sum(self._due(one, self._goal(one)) for one in running)
+            )
+        size = self._tables.page_size
+        for piece in running:  # the same, inline: this is walked in every plan
             goal = len(piece.tokens) + len(piece.window.tokens) + size
             if goal < piece.num_expected:
                 goal = piece.num_expected
             promised += -(-goal // size) - len(piece.pages)
-        return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
+        return self._tables.pool.available - promised
 
     def _available_now(self) -> int:
         """Available pages that nobody who runs needs at once: for known tokens, and one to grow into."""
-        size, running = self._tables.page_size, self._places.running
-        promised = 0
-        for piece in running.values():
+        size, running = self._tables.page_size, self._places.running.values()
+        promised = self._promised_to_fetching()
+        if self._tables.spans.slide:
+            due = sum(self._due(one, one.num_tokens + size) for one in running)
+            return self._tables.pool.available - promised - due
+        for piece in running:
             slots = len(piece.tokens) + len(piece.window.tokens) + size
             promised += -(-slots // size) - len(piece.pages)
-        return self._tables.pool.available - promised - self._promised_to(self._tables.tiers.fetches)
+        return self._tables.pool.available - promised
 
-    def _needed_now(self, sequence: Sequence, found: list[int]) -> int:
-        unheld = sum(1 for page in found if self._tables.pool.references[page] == 0)
-        return self._tables.pages_for(sequence.num_tokens) - len(found) + unheld
+    def _due(self, running: Sequence, num_slots: int) -> int:
+        """Pages that one who runs lacks on its way to `num_slots`, of those that it needs at a time."""
+        most = self._most_pages(running, num_slots, running.num_computed)
+        return max(0, most - self._tables.num_held(running))
+
+    def _most_pages(self, sequence: Sequence, num_slots: int, num_computed: int) -> int:
+        """What the sequence holds at most on its way to `num_slots`, from the first `num_computed` on."""
+        num_ahead = min(sequence.num_tokens - num_computed, self._budget)
+        return self._tables.spans.most_pages(num_slots, num_ahead)
 
     def _goal(self, sequence: Sequence) -> int:
-        """Pages that a sequence is expected to hold in the end; at least one more than it needs now."""
-        slots = max(sequence.num_tokens + self._tables.page_size, sequence.num_expected)
-        return min(self._tables.pages_for(slots), self._config.num_pages)
+        """Slots that a sequence is expected to fill in the end; at least a page more than it needs now."""
+        return max(sequence.num_tokens + self._tables.page_size, sequence.num_expected)
 
-    def _promised_to(self, fetching: Iterable[int]) -> int:
-        return sum(self._goal(self._places.parked[number]) for number in fetching)
+    def _promised_to_fetching(self) -> int:
+        parked = [self._places.parked[number] for number in self._tables.tiers.fetches]
+        return sum(min(self._most_pages(one, self._goal(one), 0), self._config.num_pages) for one in parked)
+
+    def _needed_now(self, sequence: Sequence, found: list[int]) -> int:
+        return self._used_up(sequence, found, sequence.num_tokens)
 
     def _needed_pages(self, sequence: Sequence, found: list[int]) -> int:
         """Available pages that seating a sequence uses up: new ones, and found ones nobody holds."""
-        unheld = sum(1 for page in found if self._tables.pool.references[page] == 0)
-        return self._goal(sequence) - len(found) + unheld
+        return self._used_up(sequence, found, self._goal(sequence))
+
+    def _used_up(self, sequence: Sequence, found: list[int], num_slots: int) -> int:
+        tables = self._tables
+        held, references = tables.held(found), tables.pool.references
+        unheld = sum(1 for page in held if references[page] == 0)
+        most = self._most_pages(sequence, num_slots, tables.num_slots(found))
+        return min(most, self._config.num_pages) - len(held) + unheld
 
 
 def overdue_may_cost_s(max_pause_s: float, num_places: int) -> float:

@@ -31,3 +31,8 @@ def root_key(rule: Visibility, cache_salt: str, private_to: int | None = None) -
 def page_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of a full page of `tokens` that follows the page (or root) `parent`."""
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def group_key(key: bytes, group: int) -> bytes:
+    """The key of a page with the same tokens in another group of layers; that of group 0 is `key`."""
+    return blake2b(key + group.to_bytes(4, "little"), digest_size=_DIGEST_BYTES).digest()

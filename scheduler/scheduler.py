@@ -26,6 +26,7 @@ from scheduler.policies import make_policy
 from scheduler.prefix import root_key
 from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.sharing import shared_pages
+from scheduler.spans import Spans
 from scheduler.tenants import Tenants, parse_weights
 from scheduler.tiers import Tiers
 from scheduler.types import FinishReason, Request, Sequence, Visibility
@@ -52,9 +53,11 @@ class Scheduler:
         costs: CostModel | None = None,
         lengths: Lengths | None = None,
         disk_index: Mapping[bytes, int] | None = None,
+        spans: tuple[int, ...] = (0,),
     ) -> None:
         """Raises ValueError for an unknown policy or a wrong weight. `config.num_pages` must be known by
-        now. `disk_index`: what the disk file holds already, by content key."""
+        now. `disk_index`: what the disk file holds already, by content key. `spans`: by group of the
+        model's layers, the most tokens that a token sees there; 0, and those first: all before it."""
         assert config.num_pages > 0, "num_pages is not derived yet"
         self.config = config
         self.max_model_len = max_model_len
@@ -71,7 +74,9 @@ class Scheduler:
             in_flight,
             disk_index if config.prefix_cache else None,
         )
-        self._tables = PageTables(self._pool, self._tiers, config.page_size)
+        self.spans = spans
+        self._spans = Spans(spans, config.page_size)
+        self._tables = PageTables(self._pool, self._tiers, self._spans)
         self._tenants = Tenants(parse_weights(config.tenant_weights), config.max_tenant_running)
         self._places = Places(
             self._policy, self._tables, self._tenants, clock, config.max_num_seqs, config.max_pause_s
@@ -224,8 +229,9 @@ class Scheduler:
             message = f"the prompt has {prompt_len} tokens, of a context of {self.max_model_len}"
             raise RequestRefused(RefusalReason.CONTEXT, message, shortest, self.max_model_len)
         longest = max_tokens_of(request, self.max_model_len)
-        capacity = self.config.num_pages * self.config.page_size
-        if longest > capacity:
+        num_pages, chunk = self.config.num_pages, self.config.max_num_batched_tokens
+        if self._spans.most_pages(longest, chunk) > num_pages:
+            capacity = self._spans.longest(num_pages, chunk, longest)
             message = f"prompt and output may need {longest} tokens, but the KV pages hold {capacity}"
             raise RequestRefused(RefusalReason.MEMORY, message, longest, capacity)
 
@@ -246,7 +252,7 @@ class Scheduler:
         deadline_s = sequence.request.deadline_s
         if deadline_s is None or sequence.request.readmitted:
             return
-        sequence.num_found = len(self._tables.find(sequence)) * self.config.page_size
+        sequence.num_found = self._tables.num_slots(self._tables.find(sequence))
         sequence.level = self._policy.level(sequence)
         left_s = deadline_s - self._clock()
         wait_s = self._wait_s(sequence.level)
@@ -349,6 +355,8 @@ class Scheduler:
             causal = piece.visibility is not Visibility.ALL
             sequence.num_findable = sequence.num_computed if causal else start + num_known
             self._tables.publish(sequence, since=start)
+        if self._spans.slide:
+            self._tables.slide(sequence, since=start)
         reached = sequence.num_reached
         if start < reached:
             self._recomputed_tokens += min(reached, end) - start
@@ -374,9 +382,10 @@ class Scheduler:
         """What to say of a window that the pool cannot hold even when the sequence is alone."""
         num_window = len(sequence.window.tokens)
         assert num_window < self.config.max_num_batched_tokens, "the window exceeds every step"
-        if self._tables.pages_for(sequence.num_tokens) <= self._pool.num_pages:
+        num_pages, chunk = self.config.num_pages, self.config.max_num_batched_tokens
+        if self._spans.most_pages(sequence.num_tokens, chunk) <= num_pages:
             return None
-        capacity = self.config.num_pages * self.config.page_size
+        capacity = self._spans.longest(num_pages, chunk, sequence.num_tokens)
         return f"a window of {num_window} tokens makes {sequence.num_tokens}; the KV pages hold {capacity}"
 
     # Ending

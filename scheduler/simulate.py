@@ -25,6 +25,7 @@ from scheduler.invariants import check, check_decisions, check_empty, check_ente
 from scheduler.plan import Advance, Tier
 from scheduler.refusal import RequestRefused
 from scheduler.scheduler import Scheduler
+from scheduler.spans import NO_PAGE, Spans
 from scheduler.types import FinishReason, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class Simulation:
         self._rng = random.Random(seed)
         self._clock = ManualClock(self._rng.uniform(0.0, 100.0))
         drawn = self._rng.choice(POLICIES)
-        self._config = draw_config(self._rng, policy or drawn)
+        self._spans = draw_spans(self._rng)
+        self._config = draw_config(self._rng, policy or drawn, self._spans)
         self._costs = draw_costs(self._rng)
         self._faults = draw_faults(self._rng)
         self._failing: set[tuple[str, int]] = set()
@@ -94,7 +96,9 @@ class Simulation:
     def _start_engine(self, disk_index: dict[bytes, int], disk: dict[tuple[Tier, int], list[int]]) -> None:
         """A new engine process: what lies on the disk is all that it knows."""
         config, faults = self._config, self._faults
-        self._scheduler = Scheduler(config, self._clock, MAX_MODEL_LEN, self._costs, disk_index=disk_index)
+        self._scheduler = Scheduler(
+            config, self._clock, MAX_MODEL_LEN, self._costs, disk_index=disk_index, spans=self._spans
+        )
         self._tiers = FakeTiers(
             self._rng, config.num_pages, config.page_size, faults.failing_copies, faults.slow_copies
         )
@@ -134,6 +138,7 @@ class Simulation:
         assert plan.slices or idle, "sequences are alive, and none computes"
         check_decisions(scheduler, plan, running, waiting)
         self._totals["shared"] += len(plan.shared)
+        self._totals["slid"] += any(NO_PAGE in one.pages for one in scheduler._places.running.values())
         self._tiers.start(plan.copies)
         if number in self._faults.dying_steps and self._rng.random() < 0.5:
             self._die()
@@ -260,18 +265,27 @@ class Simulation:
         assert self._runner.is_empty(), "the engine still knows a sequence"
 
 
-def draw_config(rng: random.Random, policy: str) -> SchedulerConfig:
+def draw_spans(rng: random.Random) -> tuple[int, ...]:
+    """By group of the model's layers; most models have one."""
+    if rng.random() < 0.5:
+        return (0,)
+    num_whole = rng.choice((0, 1, 1, 2))
+    return (0,) * num_whole + tuple(rng.choice((1, 2, 5, 8, 20)) for _ in range(rng.randint(1, 3)))
+
+
+def draw_config(rng: random.Random, policy: str, spans: tuple[int, ...] = (0,)) -> SchedulerConfig:
     page_size = rng.choice((1, 2, 4, 8))
-    least = -(-MAX_MODEL_LEN // page_size)
+    max_num_batched_tokens = rng.choice((1, 3, 8, 16, 64))
+    least = Spans(spans, page_size).most_pages(MAX_MODEL_LEN, max_num_batched_tokens)
     host_pages = rng.choice((0, least // 4, least // 2, least * 4))
     return SchedulerConfig(
         policy=policy,
         page_size=page_size,
-        num_pages=rng.choice((least * 3 // 4, least, least * 3 // 2, least * 6)),
+        num_pages=rng.choice((max(1, least * 3 // 4), least, least * 3 // 2, least * 6)),
         host_pages=host_pages,
         disk_pages=rng.choice((0, least, least * 8)) if host_pages else 0,
         max_num_seqs=rng.choice((1, 2, 3, 8)),
-        max_num_batched_tokens=rng.choice((1, 3, 8, 16, 64)),
+        max_num_batched_tokens=max_num_batched_tokens,
         max_queued_requests=rng.choice((2, 100)),
         prefix_cache=rng.random() < 0.8,
         head_start_gamma=rng.choice((0.0, 0.3, 10.0)),

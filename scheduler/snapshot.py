@@ -92,7 +92,7 @@ def _view(scheduler: Scheduler, sequence: Sequence) -> SequenceView:
         num_tokens=len(sequence.tokens),
         num_computed=sequence.num_computed,
         num_output=sequence.num_output,
-        num_pages=len(sequence.pages),
+        num_pages=len(scheduler._tables.held(sequence.pages)),
         num_preemptions=sequence.num_preemptions,
         attained_s=sequence.attained_s,
     )

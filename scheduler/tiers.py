@@ -13,7 +13,7 @@ ended. What a failed copy should have brought is a miss, and will be computed ag
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import islice, takewhile
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from scheduler.agenda import Agenda
@@ -111,22 +111,13 @@ class Tiers:
 
     # Up
 
-    def chain(self, keys: Iterable[bytes]) -> list[bytes]:
-        """The leading keys whose content lies in a lower tier, or is on its way to the device."""
-        found = []
-        for key in keys:
-            if not (key in self._going_up or self.host.has(key) or self.disk.has(key)):
-                break
-            found.append(key)
-        return found
+    def has(self, key: bytes) -> bool:
+        """Whether the content lies in a lower tier, or is on its way to the device."""
+        return key in self._going_up or self.host.has(key) or self.disk.has(key)
 
     def seconds(self, keys: Iterable[bytes], host_page_s: float, disk_page_s: float) -> float:
         """How long fetching takes."""
         return sum(host_page_s if self.host.has(key) else disk_page_s for key in keys)
-
-    def count_on_host(self, keys: Iterable[bytes]) -> int:
-        """How many of the leading keys lie in host memory."""
-        return sum(1 for _ in takewhile(self.host.page_of.__contains__, keys))
 
     def fetch(self, seq_id: int, keys: list[bytes]) -> bool:
         """Begin to bring content to the device for a sequence, as much as there is room for now."""

@@ -34,7 +34,7 @@ from scheduler.invariants import check, check_empty
 from scheduler.plan import Tier
 from scheduler.refusal import RefusalReason
 from scheduler.scheduler import Scheduler
-from scheduler.simulate import MAX_MODEL_LEN, draw_config, draw_costs, draw_requests
+from scheduler.simulate import MAX_MODEL_LEN, draw_config, draw_costs, draw_requests, draw_spans
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
@@ -161,12 +161,14 @@ class Protocol:
     def __init__(self, seed: int) -> None:
         self._rng = rng = random.Random(seed)
         self._clock = ManualClock(rng.uniform(0.0, 100.0))
-        self._config = draw_config(rng, rng.choice(POLICIES))
+        self._spans = draw_spans(rng)
+        self._config = draw_config(rng, rng.choice(POLICIES), self._spans)
         self._costs = draw_costs(rng)
         self._failing_copies = rng.choice((0.0, 0.3))
         self._slow_copies = rng.choice((0.1, 0.8))
         self._abort_rate = rng.choice((0.0, 0.05))
-        self._death_rate = rng.choice((0.0, 0.02, 0.1))
+        # An engine that hardly ever lives until a prompt is computed would bring no world to its end.
+        self._death_rate = min(rng.choice((0.0, 0.02, 0.1)), self._config.max_num_batched_tokens / 50)
         self._failing_step_rate = rng.choice((0.0, 0.0, 0.02))
         self._delay = rng.choice((0.0, 0.5))  # chance that a message stays on the wire for a round
         self._arrivals = [replace(one, delivered=()) for one in draw_requests(rng, self._clock())]
@@ -188,7 +190,9 @@ class Protocol:
         config = self._config
         disk_index = disk_index if config.prefix_cache else {}
         self._to_engine, self._from_engine = _Wire(), _Wire()
-        scheduler = Scheduler(config, self._clock, MAX_MODEL_LEN, self._costs, disk_index=disk_index)
+        scheduler = Scheduler(
+            config, self._clock, MAX_MODEL_LEN, self._costs, disk_index=disk_index, spans=self._spans
+        )
         self._tiers = FakeTiers(
             self._rng, config.num_pages, config.page_size, self._failing_copies, self._slow_copies
         )

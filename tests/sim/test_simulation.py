@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from scheduler import choices, planning, scheduler, simulate
+from scheduler import choices, page_tables, planning, scheduler, simulate
 from scheduler.config import POLICIES
 from scheduler.page_tables import PageTables
 from scheduler.pages import PagePool
@@ -17,6 +18,7 @@ from scheduler.plan import Copied, Tier
 from scheduler.planning import Planner
 from scheduler.scheduler import Scheduler
 from scheduler.simulate import Simulation
+from scheduler.spans import Spans
 from scheduler.tenants import Tenants
 from scheduler.tiers import Tiers
 from scheduler.types import FinishReason
@@ -34,6 +36,7 @@ HAPPENED = (
     "fetched",
     "down",
     "shared",
+    "slid",
     "deaths",
     "refused: queue_full",
     "refused: memory",
@@ -193,6 +196,47 @@ def _lose_what_was_delivered(original: Any) -> Any:
     return lambda self, request: original(self, replace(request, delivered=()))
 
 
+def _let_go_too_early(original: Any) -> Any:
+    def __init__(self: Spans, spans: tuple[int, ...], page_size: int) -> None:
+        original(self, spans, page_size)
+        self.behind = tuple(max(0, behind - 1) for behind in self.behind)
+
+    return __init__
+
+
+def _let_go_of_nothing(original: Any) -> Any:
+    return lambda self, sequence, since: None
+
+
+def _find_the_prefix_only(original: Any) -> Any:
+    """As if the pages that no token sees had to be there, and those before the end need not."""
+
+    def reach(self: PageTables, sequence: Any, is_there: Any, num_blocks: int | None = None) -> int:
+        limit = self.num_shareable(sequence) if num_blocks is None else num_blocks
+        return min(
+            sum(1 for _ in takewhile(is_there, self._keys(sequence, group, limit)))
+            for group in range(max(1, self.spans.num_whole))
+        )
+
+    return reach
+
+
+def _free_what_others_hold(original: Any) -> Any:
+    def slide(self: PageTables, sequence: Any, since: int) -> None:
+        held = set(self.held(sequence.pages))
+        original(self, sequence, since)
+        for page in held - set(sequence.pages):
+            if self.pool.references[page]:
+                self.pool.forget(page)
+                self.pool.release([page])
+
+    return slide
+
+
+def _one_key_for_all_groups(original: Any) -> Any:
+    return lambda key, group: key
+
+
 def _take_from_those_ahead(original: Any) -> Any:
     def provide(self: Planner, ranked: list[Any], number: int, share: int) -> Any:
         return original(self, ranked[::-1], len(ranked) - 1 - number, share)
@@ -201,6 +245,11 @@ def _take_from_those_ahead(original: Any) -> Any:
 
 
 _BUGS = [
+    (Spans, "__init__", _let_go_too_early),
+    (PageTables, "slide", _let_go_of_nothing),
+    (PageTables, "slide", _free_what_others_hold),
+    (PageTables, "reach", _find_the_prefix_only),
+    (page_tables, "group_key", _one_key_for_all_groups),
     (scheduler, "root_key", _share_all_salts),
     (scheduler, "commit", _drop_nothing_after_a_stop),
     (PageTables, "publish", _publish_all),
