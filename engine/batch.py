@@ -31,7 +31,8 @@ class Batch:
 
 
 class BatchBuilder:
-    """Keeps the page table of every sequence that holds pages; nothing about tokens."""
+    """Keeps the page table of every sequence that holds pages; nothing about tokens. Entry
+    `block * groups + group` of a table is a page, as in `scheduler.plan.Slice`."""
 
     def __init__(
         self,
@@ -46,9 +47,10 @@ class BatchBuilder:
         self.groups = kv_groups(config)
         self.ops = ops
         self.page_size = page_size
-        self.max_pages = -(-max_model_len // page_size)
+        self.max_slots = -(-max_model_len // page_size) * page_size
         self.device = device
-        self._tables = np.zeros((max_num_seqs, self.max_pages), dtype=np.int64)
+        num_entries = self.max_slots // page_size * len(self.groups)
+        self._tables = np.zeros((max_num_seqs, num_entries), dtype=np.int64)
         self._row_of: dict[int, int] = {}  # sequence -> row of the tables
         self._free_rows = list(range(max_num_seqs))
 
@@ -71,26 +73,26 @@ class BatchBuilder:
         owner = np.repeat(np.arange(len(slices)), counts)
         slots = np.arange(len(owner)) + (starts - first_rows)[owner]
         lengths = starts + counts
-        pages = self._tables[rows_of_tables, : -(-int(lengths.max()) // self.page_size)]
+        num_entries = -(-int(lengths.max()) // self.page_size) * len(self.groups)
+        entries = self._tables[rows_of_tables, :num_entries]
+        pages = [self._pages(entries, group, starts) for group in range(len(self.groups))]
         ends, words = _visibility(slices, slots, first_rows)
         positions = np.fromiter(
             chain.from_iterable(piece.positions for piece in slices), np.int64, len(owner)
         )
-        config, kv_rows = (
-            self.config,
-            self._kv_rows(pages[owner, slots // self.page_size], slots % self.page_size),
-        )
-        tables = (
+        blocks, offsets = np.divmod(slots, self.page_size)
+        config = self.config
+        tables = [
             SliceTable(
-                first_rows, counts, lengths, pages, _starts(group, positions), ends, words, self.page_size
+                first_rows, counts, lengths, table, _starts(group, positions), ends, words, self.page_size
             )
-            for group in self.groups
-        )
+            for group, table in zip(self.groups, pages, strict=True)
+        ]
         rows = Rows(
             tokens=self._padded(list(chain.from_iterable(piece.tokens for piece in slices))),
             positions=self._padded(positions.tolist()),
             num_rows=len(owner),
-            kv_rows=(kv_rows,) * len(self.groups),
+            kv_rows=tuple(self._kv_rows(table[owner, blocks], offsets) for table in pages),
             attention=tuple(
                 self.ops.plan_attention(table, config.num_heads, config.num_kv_heads, self.device)
                 for table in tables
@@ -110,6 +112,20 @@ class BatchBuilder:
             first = piece.first_new_page
             self._tables[row, first : first + len(piece.new_pages)] = piece.new_pages
         return row
+
+    def _pages(self, entries: NDArray[np.int64], group: int, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tables [S, entries] and the first slots that are computed -> pages of one group [S, blocks].
+
+        Pages behind a window may be another's by now: the first one that is seen stands for them, so that
+        a kernel that reads whole blocks of keys reads finite numbers there.
+        """
+        pages = entries[:, group :: len(self.groups)]
+        span = self.groups[group].span
+        if not span or int(starts.max()) < span:
+            return pages
+        first_seen = np.maximum(starts + 1 - span, 0) // self.page_size
+        seen = np.maximum(np.arange(pages.shape[1]), first_seen[:, None])
+        return np.take_along_axis(pages, seen, axis=1)
 
     def _kv_rows(self, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> torch.Tensor:
         """Flat rows in [num_pages, Hkv, page_size]: one per token and head."""

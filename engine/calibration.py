@@ -75,8 +75,7 @@ def calibrate(
     if budget_s is None:
         budget_s = CPU_BUDGET_S if on_cpu else DEVICE_BUDGET_S
     stopwatch = _StepStopwatch(model, storage, batches, CPU_PAGES if on_cpu else DEVICE_PAGES)
-    limit = batches.max_pages * batches.page_size
-    probes = probe_steps(max_num_seqs, max_num_batched_tokens, limit)
+    probes = probe_steps(max_num_seqs, max_num_batched_tokens, batches.max_slots)
     fastest: dict[Slices, float] = {}
     try:
         for slices in [probes[0], *probes * MAX_ROUNDS]:  # the very first warms up threads and buffers
@@ -170,7 +169,7 @@ class _StepStopwatch:
         pages = cycle(range(self.num_pages))
         pieces = []
         for index, (start, num_tokens) in enumerate(slices):
-            count = -(-(start + num_tokens) // self.batches.page_size)
+            count = -(-(start + num_tokens) // self.batches.page_size) * len(self.batches.groups)
             pieces.append(
                 Slice(
                     seq_id=-1 - index,

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from engine.models.kv_groups import kv_groups, layers_per_page
+
 if TYPE_CHECKING:
     from engine.models.config import TransformerConfig
 
 
 class KVStorage:
-    """Keys and values of every layer, each [num_pages, Hkv, page_size, D].
+    """Keys and values of every layer, each [num_pages, Hkv, page_size, D]; layers of different groups
+    share tensors, as a page belongs to one group (`engine/models/kv_groups.py`).
 
-    Zero at first, which keeps slots that nobody may see finite. Once numbers went wrong somewhere
+    Zero at first, which keeps slots that nobody may see finite. Once numbers may have gone wrong somewhere
     (`tainted`), pages are cleared when they are handed out: a NaN would spread even from a weight of 0.
+    Where a window slides, nobody might ever notice one that fell behind it.
     """
 
     def __init__(
@@ -27,17 +31,19 @@ class KVStorage:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        layers = config.num_layers
-        self.tainted = False
+        groups = kv_groups(config)
+        layers = layers_per_page(groups)
+        self.tainted = any(group.span for group in groups)
         # One tensor, so that a page can be taken from all layers at once; a layer's part is contiguous.
         cells = zeros((layers, 2, num_pages, config.num_kv_heads, page_size, config.head_dim), dtype, device)
-        self.keys = [cells[layer, 0] for layer in range(layers)]
-        self.values = [cells[layer, 1] for layer in range(layers)]
+        places = {layer: place for group in groups for place, layer in enumerate(group.layers)}
+        self.keys = [cells[places[layer], 0] for layer in range(config.num_layers)]
+        self.values = [cells[places[layer], 1] for layer in range(config.num_layers)]
         self.pages = cells.movedim(2, 0)  # a view: [num_pages, layers, 2, Hkv, page_size, D]
 
     @property
     def page_shape(self) -> tuple[int, ...]:
-        """What one page holds: [layers, 2 (keys, values), Hkv, page_size, D]."""
+        """What one page holds: [layers of a group, 2 (keys, values), Hkv, page_size, D]."""
         return tuple(self.pages.shape[1:])
 
     @property
@@ -46,8 +52,7 @@ class KVStorage:
 
     def clear(self, pages: list[int]) -> None:
         index = torch.tensor(pages, dtype=torch.int64, device=self.pages.device)
-        for layer in (*self.keys, *self.values):
-            layer.index_fill_(0, index, 0)
+        self.pages.index_fill_(0, index, 0)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -64,8 +64,8 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
-        if self.storage.tainted:
-            self.storage.clear(self._fresh_pages(plan))
+        if self.storage.tainted and (pages := self._fresh_pages(plan)):
+            self.storage.clear(pages)
         batch = self.batches.build(plan)
         logits = self.model.forward(batch.rows, self.storage)
         works = [
@@ -83,13 +83,13 @@ class Runner:
         return tuple(outcomes)
 
     def _fresh_pages(self, plan: StepPlan) -> list[int]:
-        """Pages whose first slot is computed now or later; those before hold what was found."""
-        size = self.batches.page_size
+        """Pages whose first slot is computed now or later; those before hold what was found, or are void."""
+        size, num_groups = self.batches.page_size, len(self.batches.groups)
         return [
             page
             for piece in plan.slices
-            for number, page in enumerate(piece.new_pages, piece.first_new_page)
-            if number * size >= piece.start
+            for entry, page in enumerate(piece.new_pages, piece.first_new_page)
+            if entry // num_groups * size >= piece.start
         ]
 
     def _work(self, piece: Slice, first: int) -> _Work:
@@ -149,8 +149,7 @@ class Runner:
     def _bounded(self, sequence: Sequence, decision: Decision) -> Window:
         """A window that would leave the context is not computed at all."""
         after = len(sequence.tokens) + len(decision.committed) + len(decision.window.tokens)
-        limit = self.batches.max_pages * self.batches.page_size
-        return decision.window if after <= limit else EMPTY_WINDOW
+        return decision.window if after <= self.batches.max_slots else EMPTY_WINDOW
 
     def _score_prompt(self, work: _Work, logits: torch.Tensor) -> tuple[TokenLogprobs, ...] | None:
         """Row of slot s scores prompt token s + 1."""

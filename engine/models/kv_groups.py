@@ -1,4 +1,10 @@
-"""Layers whose rows see the same slots, and so share page tables and attention plans. No torch here."""
+"""Layers whose KV shares pages: they see the same slots, and there are equally many in every group.
+
+A model with layers of several kinds (Gemma's local and global ones) keeps its pages by groups, so that those
+behind a window can be let go of alone. Groups are of one size, so that one pool of pages serves them all
+(as in vLLM's hybrid cache): a kind with more layers has several groups, and a last group may be short of
+some, which costs the room of those. No torch here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from engine.models.config import TransformerConfig
+
+MAX_GROUPS = 8  # each has page tables and an attention plan of its own in every step
+WORTH_SHARE = 1.05  # fewer groups are worth so much more memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +26,54 @@ class KVGroup:
     chunk: int
     layers: tuple[int, ...]
 
+    @property
+    def span(self) -> int:
+        """The most tokens that a token sees in these layers, itself included; 0: all before it."""
+        return self.window or self.chunk
+
 
 def kv_groups(config: TransformerConfig) -> tuple[KVGroup, ...]:
-    """Every layer in exactly one group, groups in the order of their first layers."""
-    members: dict[tuple[int, int], list[int]] = {}
+    """Every layer in exactly one group; groups that see everything first."""
+    kinds: dict[tuple[int, int], list[int]] = {}
     for index, layer in enumerate(config.layers):
-        members.setdefault((layer.window, layer.chunk), []).append(index)
-    return tuple(KVGroup(window, chunk, tuple(layers)) for (window, chunk), layers in members.items())
+        kinds.setdefault((layer.window, layer.chunk), []).append(index)
+    size = _group_size(kinds, config.max_positions)
+    groups = [
+        KVGroup(window, chunk, tuple(layers[first : first + size]))
+        for (window, chunk), layers in kinds.items()
+        for first in range(0, len(layers), size)
+    ]
+    return tuple(sorted(groups, key=lambda group: (group.span, group.layers)))
+
+
+def layers_per_page(groups: tuple[KVGroup, ...]) -> int:
+    return max(len(group.layers) for group in groups)
+
+
+def page_values(config: TransformerConfig, page_size: int) -> int:
+    """Numbers that one page holds: the keys and values of `page_size` tokens in the layers of a group."""
+    return 2 * layers_per_page(kv_groups(config)) * config.num_kv_heads * config.head_dim * page_size
+
+
+def kv_values(config: TransformerConfig, num_tokens: int, page_size: int = 16) -> int:
+    """Numbers that the KV cache keeps of a sequence of so many tokens, in whole pages; multiplied by the
+    bytes of one, its memory. `config`: from `for_context`, else windows beyond the context count as well."""
+    num_blocks = -(-num_tokens // page_size)
+    num_pages = sum(
+        min(num_blocks, 1 - (1 - group.span) // page_size) if group.span else num_blocks
+        for group in kv_groups(config)
+    )
+    return num_pages * page_values(config, page_size)
+
+
+def _group_size(kinds: dict[tuple[int, int], list[int]], max_positions: int) -> int:
+    """Layers of a group: what a long sequence takes decides, the room of layers that a group is short of
+    included; of sizes that take about the same the largest."""
+    lengths = [(len(layers), max(kind) or max_positions) for kind, layers in kinds.items()]
+    sizes = [
+        size
+        for size in range(1, max(count for count, _ in lengths) + 1)
+        if sum(-(-count // size) for count, _ in lengths) <= max(MAX_GROUPS, len(lengths))
+    ]
+    taken = {size: sum(-(-count // size) * size * length for count, length in lengths) for size in sizes}
+    return max(size for size in sizes if taken[size] <= min(taken.values()) * WORTH_SHARE)

@@ -44,7 +44,7 @@ class Parts:
 def test_steps_are_timed_and_nothing_is_left_behind(num_pages: int) -> None:
     parts = Parts(num_pages)
     found = calibrate(parts.model, parts.storage, parts.batches, MAX_SEQS, MAX_TOKENS, budget_s=5.0)
-    assert found.num_steps == len(probe_steps(MAX_SEQS, MAX_TOKENS, parts.batches.max_pages * 16))
+    assert found.num_steps == len(probe_steps(MAX_SEQS, MAX_TOKENS, parts.batches.max_slots))
     assert found.costs.step([(0, 1)]) > 0
     assert min(astuple(found.costs)) >= 0
     assert parts.is_empty
