@@ -129,6 +129,8 @@ class PageTables:
     def publish(self, sequence: Sequence, since: int) -> None:
         """Give keys to the pages that became full of findable tokens since there were `since`."""
         first, end = since // self.page_size, sequence.num_findable // self.page_size
+        if first == end:
+            return  # as after nearly every output token
         for entry in range(first * self.num_groups, end * self.num_groups):
             self.pool.register(sequence.pages[entry], self.key(sequence, entry))
 

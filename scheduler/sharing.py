@@ -89,7 +89,9 @@ def shared_pages(
 
 def _common(members: list[tuple[Sequence, int]], num_groups: int) -> int:
     """How many leading blocks, of the full ones that each has, all have in common."""
-    tables = [sequence.pages[::num_groups] for sequence, _ in members]
+    tables = [sequence.pages for sequence, _ in members]
+    if num_groups > 1:
+        tables = [pages[::num_groups] for pages in tables]
     limit = min(full_blocks for _, full_blocks in members)
     # What the least and the greatest of several lists begin with, all of them begin with.
     for number, (one, other) in enumerate(zip(min(tables), max(tables), strict=False)):
