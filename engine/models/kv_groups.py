@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_GROUPS = 8  # each has page tables and an attention plan of its own in every step
 WORTH_SHARE = 1.05  # fewer groups are worth so much more memory
+USUAL_LEN = 4096  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +68,20 @@ def kv_values(config: TransformerConfig, num_tokens: int, page_size: int = 16) -
 
 
 def _group_size(kinds: dict[tuple[int, int], list[int]], max_positions: int) -> int:
-    """Layers of a group: what a long sequence takes decides, the room of layers that a group is short of
-    included; of sizes that take about the same the largest."""
-    lengths = [(len(layers), max(kind) or max_positions) for kind, layers in kinds.items()]
-    sizes = [
-        size
-        for size in range(1, max(count for count, _ in lengths) + 1)
-        if sum(-(-count // size) for count, _ in lengths) <= max(MAX_GROUPS, len(lengths))
-    ]
-    taken = {size: sum(-(-count // size) * size * length for count, length in lengths) for size in sizes}
-    return max(size for size in sizes if taken[size] <= min(taken.values()) * WORTH_SHARE)
+    """Layers of a group: those that groups are short of take the least room, in texts of a usual length and
+    in the longest; of sizes that take about the same the largest."""
+    counts = [(max(kind), len(layers)) for kind, layers in kinds.items()]
+
+    def num_groups(size: int) -> int:
+        return sum(-(-count // size) for _, count in counts)
+
+    def taken(size: int, length: int) -> int:
+        return sum(-(-count // size) * size * min(span or length, length) for span, count in counts)
+
+    lengths = (min(USUAL_LEN, max_positions), max_positions)
+    waste = {
+        size: max(taken(size, length) / taken(1, length) for length in lengths)
+        for size in range(1, max(count for _, count in counts) + 1)
+        if num_groups(size) <= max(MAX_GROUPS, len(counts))
+    }
+    return max(size for size, share in waste.items() if share <= min(waste.values()) * WORTH_SHARE)

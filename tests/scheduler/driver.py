@@ -42,13 +42,16 @@ class Driver:
         max_model_len: int = 64,
         costs: CostModel | None = None,
         lengths: Lengths | None = None,
+        spans: tuple[int, ...] = (0,),
         **config: Any,
     ) -> None:
         # Pages are promised to nobody for output that is only expected: tests bring shortages about.
         scarce = {"policy": "fcfs", "page_size": 4, "num_pages": 16, "max_num_seqs": 4, "growth_share": 0.0}
         settings = scarce | config
         self.clock = ManualClock()
-        self.scheduler = Scheduler(SchedulerConfig(**settings), self.clock, max_model_len, costs, lengths)
+        self.scheduler = Scheduler(
+            SchedulerConfig(**settings), self.clock, max_model_len, costs, lengths, spans=spans
+        )
         self.names: dict[int, str] = {}
         self.under_way: list[Copy] = []
 
