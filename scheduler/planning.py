@@ -43,6 +43,7 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
+from scheduler.room import Room
 from scheduler.sharing import Frontier
 from scheduler.slicing import make_slice, portion
 
@@ -67,6 +68,7 @@ class Planner:
     def __init__(self, places: Places, config: SchedulerConfig, costs: CostModel) -> None:
         self._places = places
         self._tables: PageTables = places.tables
+        self._room = Room(places, config)
         self._config = config
         self._costs = costs
         self._budget = config.max_num_batched_tokens
@@ -141,8 +143,8 @@ class Planner:
             if num_seated - len(victims) <= places.max_num_seqs:
                 reason = "pages"
                 if spare is None:
-                    spare = self._available_now() - self._needed_now(sequence, found)
-                    spare += sum(self._pages_back(victim, found) for _, victim in victims)
+                    spare = self._room.spare_now() - self._room.needed_now(sequence, found)
+                    spare += sum(self._room.back(victim, found) for _, victim in victims)
                 if spare >= 0:
                     return victims
             if not left or (len(victims) >= allowed and not sequence.is_overdue):
@@ -156,7 +158,7 @@ class Planner:
             left.remove(victim)
             victims.append((reason, victim))
             if spare is not None:
-                spare += self._pages_back(victim, found)
+                spare += self._room.back(victim, found)
 
     def _choose(self, candidates: list[Sequence], cheapest: bool) -> tuple[Sequence, float]:
         """The victim among these (in policy order), and the seconds that restoring it will take."""
@@ -181,14 +183,6 @@ class Planner:
         )
         num_pages = num_below * tables.num_groups - tables.spans.num_unseen(num_below)
         return num_pages * self._costs.host_page_s + recompute_s
-
-    def _pages_back(self, victim: Sequence, found: list[int]) -> int:
-        """Pages that become available when one sequence goes, at the least: shared ones may stay."""
-        references = self._tables.pool.references
-        kept = set(found)
-        held = self._tables.held(victim.pages)
-        own = sum(1 for page in held if references[page] == 1 and page not in kept)
-        return own + self._due(victim, victim.num_tokens + self._tables.page_size)
 
     # Round 2
 
@@ -273,13 +267,13 @@ class Planner:
         slices: list[Slice] = []
         if not len(places.waiting) or not left or places.is_full:
             return slices
-        spare = self._spare_pages()
+        spare = self._room.spare()
         while left and not places.is_full and (sequence := self._next()) is not None:
             found = self._ready(sequence)
             if found is None:
-                spare = self._spare_pages()
+                spare = self._room.spare()
                 continue
-            needed = self._needed_pages(sequence, found)
+            needed = self._room.needed(sequence, found)
             if needed > spare - self._reserve and (places.running or needed > self._tables.pool.available):
                 break
             self._seat(sequence, found)
@@ -331,7 +325,7 @@ class Planner:
         num_there = num_blocks * tables.num_groups - tables.spans.num_unseen(num_blocks) - len(keys)
         if num_blocks <= num_found or num_there <= sequence.fetched_after:
             return False
-        if self._needed_pages(sequence, found) > self._spare_pages():
+        if self._room.needed(sequence, found) > self._room.spare():
             return False
         costs, config = self._costs, self._config
         computing_s = costs.prefill(
@@ -353,69 +347,6 @@ class Planner:
         self._places.seat(sequence, found)
         if self._frontier is not None:
             self._frontier.add(sequence)
-
-    def _spare_pages(self) -> int:
-        """Available pages that nobody who runs is expected to need. Admitting beyond that would end in
-        preemptions and in tokens computed twice."""
-        running = self._places.running.values()
-        promised = self._promised_to_fetching()
-        if self._tables.spans.slide:
-            return (
-                self._tables.pool.available
-                - promised
-                - sum(self._due(one, self._goal(one)) for one in running)
-            )
-        size = self._tables.page_size
-        for piece in running:  # the same, inline: this is walked in every plan
-            goal = len(piece.tokens) + len(piece.window.tokens) + size
-            if goal < piece.num_expected:
-                goal = piece.num_expected
-            promised += -(-goal // size) - len(piece.pages)
-        return self._tables.pool.available - promised
-
-    def _available_now(self) -> int:
-        """Available pages that nobody who runs needs at once: for known tokens, and one to grow into."""
-        size, running = self._tables.page_size, self._places.running.values()
-        promised = self._promised_to_fetching()
-        if self._tables.spans.slide:
-            due = sum(self._due(one, one.num_tokens + size) for one in running)
-            return self._tables.pool.available - promised - due
-        for piece in running:
-            slots = len(piece.tokens) + len(piece.window.tokens) + size
-            promised += -(-slots // size) - len(piece.pages)
-        return self._tables.pool.available - promised
-
-    def _due(self, running: Sequence, num_slots: int) -> int:
-        """Pages that one who runs lacks on its way to `num_slots`, of those that it needs at a time."""
-        most = self._most_pages(running, num_slots, running.num_computed)
-        return max(0, most - self._tables.num_held(running))
-
-    def _most_pages(self, sequence: Sequence, num_slots: int, num_computed: int) -> int:
-        """What the sequence holds at most on its way to `num_slots`, from the first `num_computed` on."""
-        num_ahead = min(sequence.num_tokens - num_computed, self._budget)
-        return self._tables.spans.most_pages(num_slots, num_ahead)
-
-    def _goal(self, sequence: Sequence) -> int:
-        """Slots that a sequence is expected to fill in the end; at least a page more than it needs now."""
-        return max(sequence.num_tokens + self._tables.page_size, sequence.num_expected)
-
-    def _promised_to_fetching(self) -> int:
-        parked = [self._places.parked[number] for number in self._tables.tiers.fetches]
-        return sum(min(self._most_pages(one, self._goal(one), 0), self._config.num_pages) for one in parked)
-
-    def _needed_now(self, sequence: Sequence, found: list[int]) -> int:
-        return self._used_up(sequence, found, sequence.num_tokens)
-
-    def _needed_pages(self, sequence: Sequence, found: list[int]) -> int:
-        """Available pages that seating a sequence uses up: new ones, and found ones nobody holds."""
-        return self._used_up(sequence, found, self._goal(sequence))
-
-    def _used_up(self, sequence: Sequence, found: list[int], num_slots: int) -> int:
-        tables = self._tables
-        held, references = tables.held(found), tables.pool.references
-        unheld = sum(1 for page in held if references[page] == 0)
-        most = self._most_pages(sequence, num_slots, tables.num_slots(found))
-        return min(most, self._config.num_pages) - len(held) + unheld
 
 
 def overdue_may_cost_s(max_pause_s: float, num_places: int) -> float:
