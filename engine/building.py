@@ -20,7 +20,7 @@ from engine.kv_storage import KVStorage
 from engine.measured_costs import MEASURE, measured_costs
 from engine.messages import Phase, Ready
 from engine.models.context import for_context
-from engine.models.kv_groups import kv_groups, kv_values, page_values
+from engine.models.kv_groups import kv_spans, kv_values, page_values
 from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.state import LengthsFile, state_folder
@@ -33,11 +33,9 @@ from engine.weights.loader import load_weights
 from engine.weights.paths import named_path
 from scheduler.machine import MachineError
 from scheduler.scheduler import Scheduler
-from scheduler.spans import Spans
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
-    from engine.models.config import TransformerConfig
     from engine.tiers.disk import DiskFile
     from scheduler.config import SchedulerConfig
     from scheduler.costs import CostModel
@@ -88,11 +86,10 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     ops = pick(device)
     model = Transformer(shape, weights, ops)
     watch.lap("build model")
-    settings = _with_pages(config, shape, dtype, device, max_model_len)
+    settings = _with_pages(config, checkpoint, dtype, device, max_model_len)
     # An explicit number of pages may hold less than the model's context: then that is the context.
-    max_model_len = _pages_of(shape, settings).longest(
-        settings.num_pages, settings.max_num_batched_tokens, max_model_len
-    )
+    spans = kv_spans(shape, settings.page_size)
+    max_model_len = spans.longest(settings.num_pages, settings.max_num_batched_tokens, max_model_len)
     storage = KVStorage(shape, settings.num_pages, settings.page_size, dtype, device)
     settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
@@ -100,15 +97,19 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     costs = _costs(config, settings, checkpoint, model, storage, batches, copier)
     watch.lap("measure costs")
     lengths = LengthsFile(state_folder(config), kv_identity(checkpoint, dtype, device, settings.page_size))
-    spans = tuple(group.span for group in kv_groups(shape))
-    scheduler = Scheduler(settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans)
+    scheduler = Scheduler(
+        settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
+    )
     core = EngineCore(scheduler, Runner(model, storage, batches, scheduler), shape.vocab_size, copier)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
         page_size=settings.page_size,
         num_pages=settings.num_pages,
-        kv_bytes_per_token=_kv_bytes_per_token(shape, dtype, settings.page_size, max_model_len),
+        # Of a sequence as long as can be: behind windows nothing is kept.
+        kv_bytes_per_token=kv_values(shape, max_model_len, settings.page_size)
+        * dtype.itemsize
+        // max_model_len,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         phases=(*phases, *watch.phases),
@@ -224,28 +225,13 @@ def _max_model_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
     return config.max_model_len or longest
 
 
-def _pages_of(shape: TransformerConfig, settings: SchedulerConfig) -> Spans:
-    return Spans(tuple(group.span for group in kv_groups(shape)), settings.page_size)
-
-
-def _kv_bytes_per_token(
-    shape: TransformerConfig, dtype: torch.dtype, page_size: int, max_model_len: int
-) -> int:
-    """Of a sequence as long as can be: behind windows nothing is kept."""
-    return kv_values(shape, max_model_len, page_size) * dtype.itemsize // max_model_len
-
-
 def _with_pages(
-    config: EngineConfig,
-    shape: TransformerConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int,
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
 ) -> SchedulerConfig:
-    settings = config.scheduler
+    settings, shape = config.scheduler, checkpoint.transformer
     page_bytes = page_values(shape, settings.page_size) * dtype.itemsize
     num_pages, chunk = settings.num_pages, settings.max_num_batched_tokens
-    spans = _pages_of(shape, settings)
+    spans = kv_spans(shape, settings.page_size)
     needed = spans.most_pages(max_model_len, chunk)
     free = free_bytes(device)
     if not num_pages:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind
 from engine.models.context import for_context
-from engine.models.kv_groups import kv_groups
+from engine.models.kv_groups import kv_spans, page_values
 from engine.weights.layout_folder import folder_targets
 from engine.weights.layout_gguf import gguf_targets
 from engine.weights.paths import named_path
@@ -110,10 +110,9 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
         )
     except building.EngineConfigError as error:
         raise CheckpointError(str(error)) from None
-    held = settings.num_pages * settings.page_size
-    item_bytes = torch.empty((), dtype=dtype).itemsize
-    pool_bytes = held * shape.kv_values_per_token * item_bytes
-    full = min(max_model_len, held)
+    spans = kv_spans(shape, settings.page_size)
+    num_pages, item_bytes = settings.num_pages, torch.empty((), dtype=dtype).itemsize
+    full = spans.longest(num_pages, settings.max_num_batched_tokens, max_model_len)
     return Trial(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
@@ -121,17 +120,10 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
         weight_bytes=weight_bytes,
         free_bytes=free,
         max_model_len=full,
-        kv_bytes=pool_bytes,
-        kv_tokens=held,
-        full_sequences=pool_bytes // sequence_kv_bytes(shape, full, item_bytes),
+        kv_bytes=num_pages * page_values(shape, settings.page_size) * item_bytes,
+        kv_tokens=num_pages // spans.num_groups * settings.page_size,
+        full_sequences=num_pages // spans.most_pages(full, 1),
     )
-
-
-def sequence_kv_bytes(shape: TransformerConfig, num_tokens: int, item_bytes: int) -> int:
-    """What one sequence of so many tokens holds, when what no later token sees has been freed."""
-    per_layer = 2 * shape.num_kv_heads * shape.head_dim * item_bytes
-    seen = ((group.window or group.chunk or num_tokens, len(group.layers)) for group in kv_groups(shape))
-    return sum(per_layer * min(num_tokens, tokens) * layers for tokens, layers in seen)
 
 
 def _targets(checkpoint: Checkpoint) -> Iterator[Target]:

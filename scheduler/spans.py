@@ -21,6 +21,7 @@ class Spans:
     """The groups' spans in pages; `num_whole` groups, the first ones, have none."""
 
     def __init__(self, spans: tuple[int, ...], page_size: int) -> None:
+        self.spans = spans
         self.num_groups = len(spans)
         self.num_whole = spans.count(0)
         assert not any(spans[: self.num_whole]), "groups that see everything come first"

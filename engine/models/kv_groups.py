@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scheduler.spans import Spans
+
 if TYPE_CHECKING:
     from engine.models.config import TransformerConfig
 
@@ -47,6 +49,11 @@ def kv_groups(config: TransformerConfig) -> tuple[KVGroup, ...]:
     return tuple(sorted(groups, key=lambda group: (group.span, group.layers)))
 
 
+def kv_spans(config: TransformerConfig, page_size: int) -> Spans:
+    """The groups as the scheduler knows them."""
+    return Spans(tuple(group.span for group in kv_groups(config)), page_size)
+
+
 def layers_per_page(groups: tuple[KVGroup, ...]) -> int:
     return max(len(group.layers) for group in groups)
 
@@ -59,12 +66,7 @@ def page_values(config: TransformerConfig, page_size: int) -> int:
 def kv_values(config: TransformerConfig, num_tokens: int, page_size: int = 16) -> int:
     """Numbers that the KV cache keeps of a sequence of so many tokens, in whole pages; multiplied by the
     bytes of one, its memory. `config`: from `for_context`, else windows beyond the context count as well."""
-    num_blocks = -(-num_tokens // page_size)
-    num_pages = sum(
-        min(num_blocks, 1 - (1 - group.span) // page_size) if group.span else num_blocks
-        for group in kv_groups(config)
-    )
-    return num_pages * page_values(config, page_size)
+    return kv_spans(config, page_size).most_pages(num_tokens, 1) * page_values(config, page_size)
 
 
 def _group_size(kinds: dict[tuple[int, int], list[int]], max_positions: int) -> int:

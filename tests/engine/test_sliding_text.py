@@ -11,9 +11,8 @@ import torch
 from engine.decoding import METHODS
 from engine.messages import Submit
 from engine.models.config import Layer, Rope
-from engine.models.kv_groups import kv_groups
+from engine.models.kv_groups import kv_spans
 from scheduler.invariants import check
-from scheduler.spans import Spans
 from tests.engine.tiny import SETTINGS, TINY, Heard, core_around, random_weights, request, run
 from tests.engine.windows import LineGuesser
 
@@ -61,7 +60,7 @@ def core_for(name: str, **settings: object) -> EngineCore:
     """`num_pages`: those that a sequence of 120 tokens takes at most, so many times over."""
     scheduling = replace(SETTINGS, page_size=PAGE_SIZE, max_num_batched_tokens=24, max_num_seqs=6)
     disk = settings.pop("disk", None)
-    spans = Spans(tuple(group.span for group in kv_groups(model(name))), PAGE_SIZE)
+    spans = kv_spans(model(name), PAGE_SIZE)
     settings["num_pages"] = int(spans.most_pages(120, 24) * settings.pop("times", 1))  # type: ignore[call-overload]
     scheduling = replace(scheduling, **settings)  # type: ignore[arg-type]
     return core_around(model(name), random_weights(model(name)), scheduling, disk=disk)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from engine.kv_storage import KVStorage
 from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
 from engine.models.config import Layer, Rope, TransformerConfig
 from engine.models.context import for_context
-from engine.models.kv_groups import kv_groups
+from engine.models.kv_groups import kv_spans
 from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.tiers import Copier, DiskFile, HostPool
@@ -113,7 +113,7 @@ def core_around(
     if scheduling.host_pages:
         copier = Copier(storage, HostPool(storage, scheduling.host_pages), file, before=before)
     index = file.index() if file else {}
-    spans = tuple(group.span for group in kv_groups(config))
+    spans = kv_spans(config, scheduling.page_size).spans
     scheduler = Scheduler(scheduling, clock, config.max_positions, disk_index=index, spans=spans)
     batches = BatchBuilder(
         config, ops, scheduling.page_size, config.max_positions, scheduling.max_num_seqs, CPU
