@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+import torch
 
 import engine.building
 from engine.building import EngineConfigError, build_engine
 from engine.config import EngineConfig
+from engine.models.config import Layer
 from engine.weights.errors import CheckpointError
 from engine.weights.mapped import MappedFiles
 from scheduler.config import SchedulerConfig
+from tests.engine.tiny import CPU, TINY
+
+if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
 
 FREE = 100_000_000
 DEVICE_PAGES = 200  # of 368,640 bytes: they leave 26 MB
@@ -83,3 +91,28 @@ def test_a_disk_needs_a_host_page_and_a_place() -> None:
         build_engine(config(host_cache_bytes=368_639, disk_cache_bytes=10**7))
     with pytest.raises(EngineConfigError, match="set disk_cache_path"):
         build_engine(config(host_cache_bytes=10**7, disk_cache_bytes=10**7))
+
+
+class Shape:
+    """As much of a checkpoint as its pages depend on."""
+
+    def __init__(self, layers: tuple[Layer, ...]) -> None:
+        self.transformer = replace(TINY, layers=layers, max_positions=4096)
+
+
+def pages_for(layers: tuple[Layer, ...], max_model_len: int, **settings: Any) -> int:
+    asked = replace(config(**settings), scheduler=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4))
+    checkpoint = cast("Checkpoint", Shape(layers))
+    return engine.building._with_pages(asked, checkpoint, torch.float32, CPU, max_model_len).num_pages
+
+
+def test_a_sequence_takes_fewer_pages_where_windows_slide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.building, "free_bytes", lambda device: FREE)
+    assert pages_for((Layer(),) * 2, 4096) == 4 * 256
+    assert pages_for((Layer(window=128),) * 2, 4096) == 4 * (8 + 1 + 4)  # the window, and a slice of 64
+    assert pages_for((Layer(), Layer(window=128)), 4096) == 4 * (256 + 13)
+    page_bytes = 2 * 2 * 16 * 4 * 16
+    few = pages_for((Layer(), Layer(window=128)), 4096, kv_cache_bytes=269 * page_bytes)
+    assert few == 269
+    with pytest.raises(EngineConfigError, match=f"needs {269 * page_bytes} bytes"):
+        pages_for((Layer(), Layer(window=128)), 4096, kv_cache_bytes=269 * page_bytes - 1)
