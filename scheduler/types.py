@@ -114,8 +114,9 @@ class Sequence:
     index: int  # which choice
     tokens: list[int]  # prompt, then committed output
     num_computed: int = 0  # leading tokens whose KV is valid
-    pages: list[int] = field(default_factory=list)  # device page of each page_size tokens
-    page_keys: list[bytes] = field(default_factory=list)  # content keys of the leading full pages
+    # Of each page_size tokens the device page in every group of layers, and the content keys of full ones.
+    pages: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
     window: Window = EMPTY_WINDOW
     state: SequenceState = SequenceState.WAITING
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission

@@ -8,6 +8,7 @@ import torch
 
 from cuda_kernels import ops
 from engine.checkpoint import CheckpointKind
+from engine.models.kv_groups import kv_groups
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -26,4 +27,5 @@ def kv_identity(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         files += checkpoint.adapter.glob("adapter_*")
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
     arithmetic = (str(dtype), device.type, torch.__version__, ops.ARITHMETIC_VERSION)
-    return repr((weights, checkpoint.transformer, page_size, arithmetic)).encode()
+    shape = checkpoint.transformer
+    return repr((weights, shape, kv_groups(shape), page_size, arithmetic)).encode()

@@ -1,7 +1,7 @@
 """How long a step takes to plan and to apply, with a long queue and many running sequences.
 
     python -m tests.bench.planning [--policy mlfq] [--queued 10000] [--running 256] [--steps 2000]
-                                   [--pressure] [--host] [--cprofile]
+                                   [--pressure] [--spans 0 512 512] [--host] [--cprofile]
 
 The workload goes on as in service: mostly decodes, a few prompts in chunks, a request ends and another one
 arrives every few steps, from 100 tenants, one request in four with a prefix that others share. Without
@@ -73,13 +73,13 @@ def run(options: argparse.Namespace) -> dict[str, list[float]]:
     config = SchedulerConfig(
         policy=options.policy,
         page_size=PAGE_SIZE,
-        num_pages=options.running * (30 if options.pressure else 80),
+        num_pages=options.running * (30 if options.pressure else 80) * len(options.spans),
         host_pages=options.running * 200 if options.host else 0,
         max_num_seqs=options.running,
         max_num_batched_tokens=2048,
         max_queued_requests=10 * options.queued,
     )
-    scheduler = Scheduler(config, clock, MAX_MODEL_LEN, COSTS)
+    scheduler = Scheduler(config, clock, MAX_MODEL_LEN, COSTS, spans=tuple(options.spans))
     work = Workload(scheduler, clock, rng)
     for _ in range(options.queued + options.running):
         work.add()
@@ -132,6 +132,9 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=256)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--pressure", action="store_true", help="too few pages")
+    parser.add_argument(
+        "--spans", type=int, nargs="+", default=[0], help="of groups of layers; 0 = no window"
+    )
     parser.add_argument("--host", action="store_true", help="with pages in host memory")
     parser.add_argument("--cprofile", action="store_true", help="of plan()")
     times = run(parser.parse_args())
