@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from engine.measured_costs import measured_costs
 from scheduler.config import SchedulerConfig
 from scheduler.costs import CostModel
 from scheduler.machine import MachineError
+from tests.engine.tiny import TINY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +34,9 @@ class Machine:
         weights.write_bytes(b"weights")
         self.count = 0
         self.steady = True
-        self.checkpoint = SimpleNamespace(path=weights, kind=CheckpointKind.GGUF, transformer="a shape")
+        self.checkpoint = SimpleNamespace(
+            path=weights, kind=CheckpointKind.GGUF, adapter=None, transformer=TINY
+        )
         self.storage = SimpleNamespace(keys=[torch.zeros(1, dtype=dtype)])
 
     def calibrate(self, *_: object) -> Calibration:
@@ -126,7 +129,7 @@ def test_a_cache_that_cannot_be_written_costs_only_the_measurement(machine: Mach
     "change",
     [
         lambda machine: machine.checkpoint.path.write_bytes(b"other weights"),
-        lambda machine: setattr(machine.checkpoint, "transformer", "another shape"),
+        lambda machine: setattr(machine.checkpoint, "transformer", replace(TINY, rms_norm_eps=1.0)),
         lambda machine: machine.storage.keys.__setitem__(0, torch.zeros(1, dtype=torch.bfloat16)),
     ],
     ids=["weights", "shape", "dtype"],
