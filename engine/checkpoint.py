@@ -150,8 +150,7 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from error
     nested = config.get("text_config")
     sources = {**(nested if isinstance(nested, dict) else {}), **config, **texts.generation}
-    begin, ends = (sources.get(key) for key in ("bos_token_id", "eos_token_id"))
-    end_ids = (*_ids("eos_token_id", ends), *texts.named_end_ids())
+    begin, ends = (_ids(folder, key, sources.get(key)) for key in ("bos_token_id", "eos_token_id"))
     return Checkpoint(
         name=name,
         source=source,
@@ -159,8 +158,8 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         kind=CheckpointKind.FOLDER,
         transformer=transformer,
         size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file()),
-        eos_token_ids=tuple(dict.fromkeys(end_ids)),
-        bos_token_id=next(iter(_ids("bos_token_id", begin)), None),
+        eos_token_ids=tuple(dict.fromkeys([*ends, *texts.named_end_ids()])),
+        bos_token_id=next(iter(begin), None),
         add_bos=texts.add_bos(),
         special_tokens=texts.special_tokens(),
         chat_templates=texts.chat_templates(),
@@ -168,10 +167,10 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     )
 
 
-def _ids(name: str, value: object) -> tuple[int, ...]:
+def _ids(folder: Path, name: str, value: object) -> tuple[int, ...]:
     """Token ids written as nothing, one number or a list."""
     ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
     for token in ids:
         if type(token) is not int or token < 0:
-            raise CheckpointError(f"{name} = {str(value)[:80]} is not a token id")
+            raise CheckpointError(f"{folder}: {name} = {str(value)[:80]} is not a token id")
     return ids

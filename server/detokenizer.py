@@ -75,7 +75,10 @@ class _Prefixes:
         self._pending.append(token)
         text = self._new_text()
         # A trailing U+FFFD is most likely a character whose other bytes are in the next tokens.
-        if not text or (text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_PENDING):
+        if text.endswith(_REPLACEMENT) and len(self._pending) < _MAX_PENDING:
+            return ""
+        if not text:  # special tokens that are left out, without an end
+            del self._pending[:-_MAX_PENDING]
             return ""
         self._context, self._pending = self._pending, []
         return text

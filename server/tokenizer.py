@@ -40,7 +40,8 @@ class Tokenizer:
         self.special_texts = SpecialTexts(self._special_ids)
         self._bytes = TokenBytes(backend, {index: token.content for index, token in self._added.items()})
         self.joins_bytes = self._bytes.spelling is not Spelling.OTHER
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        # One more than the last id: vocabularies have gaps, of which the library's count knows nothing
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         leading = backend.encode("", add_special_tokens=True).ids[:1]
         wanted = vocabulary.add_bos if add_bos is None else add_bos
         found = vocabulary.bos_token_id if bos_token_id is None else bos_token_id

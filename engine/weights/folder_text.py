@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _TEMPLATE_NAME = re.compile(r"[\w-]{1,64}")
 _MAX_TEMPLATES = 32
+_ID = re.compile("[0-9]{1,10}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,11 @@ class FolderText:
     def named_end_ids(self) -> tuple[int, ...]:
         """The id of the tokeniser's own end token, which instruction-tuned models end a turn with. Only
         where these files say it: the vocabulary is not read here."""
-        text, entries = self.special_tokens().get("eos_token"), self.tokenizer.get("added_tokens_decoder")
+        text = self.special_tokens().get("eos_token")
         if text is None:
             return ()
-        found = [self.added.get(text)]
-        for token, entry in entries.items() if isinstance(entries, dict) else ():
-            if token.isdecimal() and isinstance(entry, dict) and entry.get("content") == text:
-                found.append(int(token))
+        entries = added_tokens(self.tokenizer)
+        found = [self.added.get(text), *(token for token, entry in entries if entry["content"] == text)]
         return tuple(token for token in found if type(token) is int and token >= 0)
 
     def add_bos(self) -> bool | None:
@@ -78,6 +77,14 @@ def read(folder: Path) -> FolderText:
         _if_there(folder / "special_tokens_map.json"),
         _if_there(folder / "added_tokens.json"),
     )
+
+
+def added_tokens(config: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The entries of tokenizer_config.json's "added_tokens_decoder" that have a text, by their ids."""
+    entries = config.get("added_tokens_decoder")
+    for token, entry in entries.items() if isinstance(entries, dict) else ():
+        if _ID.fullmatch(token) and isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            yield int(token), entry
 
 
 def _named(value: object) -> Iterator[tuple[str, str]]:

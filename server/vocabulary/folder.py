@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import CheckpointError
+from engine.weights import folder_text
 from engine.weights.json_files import read_json_object, read_text
 from server.vocabulary import document, pre_tokenizers, sentencepiece, sentencepiece_file
 
@@ -113,12 +114,9 @@ def _add(made: Document, added: list[Document]) -> None:
 def _added(folder: Path, config: Mapping[str, Any]) -> Iterator[Document]:
     """Added tokens of tokenizer_config.json and added_tokens.json, each once."""
     seen = set()
-    decoder = config.get("added_tokens_decoder")
-    if isinstance(decoder, dict):
-        for token, entry in decoder.items():
-            if token.isdecimal() and isinstance(entry, dict) and isinstance(entry.get("content"), str):
-                seen.add(entry["content"])
-                yield {**entry, "id": int(token)}
+    for token, entry in folder_text.added_tokens(config):
+        seen.add(entry["content"])
+        yield {**entry, "id": token}
     special = _special_texts(folder, config)
     for text, token in _if_there(folder / "added_tokens.json").items():
         if text not in seen and type(token) is int and token >= 0:

@@ -121,9 +121,7 @@ _BY_NAME: dict[str, PreTokenizer] = {
     "laguna": _words(r"[^\n]+|[\n]+", words.QWEN2),
     "seed-coder": _words(words.SEED),
     "jais-2": _words(words.JAIS2),
-    "minicpm5": replace(
-        _words(r"\p{N}{1,3}", words.LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), ignore_merges=True
-    ),
+    "minicpm5": replace(_words(*words.MINICPM5), ignore_merges=True),
     "deepseek-llm": PreTokenizer(
         (*map(_split, words.DEEPSEEK_LLM), _EACH_DIGIT, _byte_level(gpt2_words=False))
     ),

@@ -117,7 +117,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     assert "object" in refusal(str(tmp_path))
     write_json(tmp_path / "config.json", LLAMA | {"eos_token_id": "x"})
-    assert "eos_token_id" in refusal(str(tmp_path))
+    assert f"{tmp_path}: eos_token_id" in refusal(str(tmp_path))
     write_json(tmp_path / "config.json", LLAMA | {"hidden_act": "relu"})
     assert "hidden_act" in refusal(str(tmp_path))
 

@@ -33,6 +33,12 @@ def test_ids_that_are_none_are_no_ends(tmp_path: Path) -> None:
     assert found.named_end_ids() == ()
 
 
+def test_ids_of_added_tokens_are_digits_and_few(tmp_path: Path) -> None:
+    entries = {token: {"content": "</s>"} for token in ("7", "9" * 5000, "\u0663", "-1", "x")}
+    found = texts(tmp_path, tokenizer_config={"eos_token": "</s>", "added_tokens_decoder": entries})
+    assert found.named_end_ids() == (7,)
+
+
 def test_one_template_or_several_by_name(tmp_path: Path) -> None:
     assert texts(tmp_path, tokenizer_config={"chat_template": "a"}).chat_templates() == {"default": "a"}
     named = [

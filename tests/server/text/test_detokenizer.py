@@ -85,3 +85,15 @@ def test_sentencepiece_comes_back_with_the_space_before_it(text: str, cuts: list
 def test_other_vocabularies_go_through_their_own_decoder(ids: list[int], cuts: list[int]) -> None:
     tokenizer = word_pieces()
     assert "".join(pieces(tokenizer, ids, cuts, True)) == tokenizer.decode(ids)
+
+
+def test_tokens_without_text_are_not_decoded_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = word_pieces()
+    decoded = []
+    whole = type(tokenizer).decode
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, skip: decoded.append(len(ids)) or whole(tokenizer, ids, skip)
+    )
+    detokenizer = IncrementalDetokenizer(tokenizer, True)
+    assert detokenizer.push([1] + [9] * 300 + [1]) == whole(tokenizer, [1, 1])
+    assert max(decoded) < 40

@@ -69,6 +69,7 @@ def test_added_tokens_need_not_follow_one_another(tmp_path: Path) -> None:
     tokenizer = read(write(tmp_path, tokenizer__json=tokenizer_json(added_tokens=entries)))
     assert tokenizer.encode("<x><y>", special=True) == [290, 270]
     assert tokenizer.encode("<x>ab", special=False) == [290, 256]
+    assert tokenizer.vocab_size == 291  # every id is below it
 
 
 def test_added_tokens_without_a_row_are_forgotten(tmp_path: Path) -> None:
