@@ -117,6 +117,11 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         return token in self._special_id_set
 
+    def described(self) -> str:
+        """For people: "byte-level BPE, 49,152 tokens"."""
+        prefix = "byte-level " if self._bytes.spelling is Spelling.BYTE_LEVEL else ""
+        return f"{prefix}{type(self._marked.model).__name__}, {self._marked.get_vocab_size():,} tokens"
+
     def save(self, path: Path) -> None:
         """Write the tokenizer.json that this is."""
         self._marked.save(str(path))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from server.commands import CommandError
@@ -77,19 +76,12 @@ def _describe(model: str, revision: str, *, as_json: bool) -> int:
 
 
 def _text_side(config: Any, checkpoint: Checkpoint) -> tuple[str, GenerationDefaults]:
-    """The kind of the vocabulary, for people, and the defaults of generation. Raises CheckpointError."""
-    from tokenizers import decoders
-
-    from server import vocabulary
+    """The vocabulary, for people, and the defaults of generation. Raises CheckpointError."""
     from server.generation_defaults import generation_defaults
     from server.tokenizer import Tokenizer
 
-    backend = vocabulary.load(checkpoint).marked
-    kind = type(backend.model).__name__
-    if isinstance(backend.decoder, decoders.ByteLevel):
-        kind = f"byte-level {kind}"
-    defaults = generation_defaults(config, checkpoint, Tokenizer.from_checkpoint(checkpoint))
-    return f"{kind}, {backend.get_vocab_size(with_added_tokens=True):,} tokens", defaults
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    return tokenizer.described(), generation_defaults(config, checkpoint, tokenizer)
 
 
 def _shape_lines(checkpoint: Checkpoint, found: Description) -> dict[str, str]:
@@ -161,9 +153,7 @@ def _list(*, as_json: bool) -> int:
         known[embedded.NAME] = "embedded", path.stat().st_size
     known.update(_cached())
     default_name = default or (embedded.NAME if path else embedded.HUB_NAME)
-    known.setdefault(
-        default_name, ("file or folder" if Path(default_name).exists() else "would be fetched", 0)
-    )
+    known.setdefault(default_name, (_whereabouts(default_name), 0))
     if as_json:
         rows = [
             {"name": name, "where": where, "bytes": size, "default": name == default_name}
@@ -175,6 +165,18 @@ def _list(*, as_json: bool) -> int:
         about = f"{where}, {_size(size)}" if size else where
         print(f"{'*' if name == default_name else ' '} {name}  ({about})")
     return 0
+
+
+def _whereabouts(name: str) -> str:
+    from engine.checkpoint import CheckpointError
+    from engine.weights import hub, paths
+
+    try:
+        if paths.named_path(name).exists():
+            return "file or folder"
+    except CheckpointError:
+        return "not found"
+    return "would be fetched" if hub.is_hub_name(name) else "not found"
 
 
 def _cached() -> Iterator[tuple[str, tuple[str, int]]]:

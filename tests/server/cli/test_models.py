@@ -138,3 +138,21 @@ def test_the_hubs_cache_is_listed(tmp_path: Path) -> None:
     )
     rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert rows["owner/name"] == {"name": "owner/name", "where": "hub cache", "bytes": 2, "default": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("a b", "not found"),
+        ("x" * 5000, "not found"),
+        ("owner/name", "would be fetched"),
+        (".", "file or folder"),
+    ],
+)
+def test_the_default_that_is_not_cached_is_listed_with_where_it_is_sought(
+    name: str, where: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_MODEL", name)
+    status, out, _ = run(capsys)
+    assert status == 0
+    assert f"* {name}  ({where})" in out
