@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -281,6 +282,7 @@ class EngineProcess:
             (outcome,) = await asyncio.gather(reading, return_exceptions=True)
             if isinstance(outcome, Exception):
                 logger.error("reading from the engine failed", exc_info=outcome)
+                self._failure = self._failure or "the engine sent what is no message"
         self._process = None
         self._remove_folder()
         return ended.result()
@@ -355,7 +357,7 @@ class EngineProcess:
 
     def _fatal_cause(self, status: int) -> str | None:
         """Why the engine is not started again, or None when it is. One that never got ready never will."""
-        cause = self._failure or f"the engine process ended with status {status}"
+        cause = self._failure or _cause_of(status)
         assert self._first_ready is not None
         if not self._first_ready.done():
             return cause
@@ -419,6 +421,14 @@ def _end(entry: JournalEntry, sink: Sink, cause: str) -> None:
             sink(output)
         except Exception:
             logger.exception("delivering to request=%s failed", entry.request.request_id)
+
+
+def _cause_of(status: int) -> str:
+    cause = f"the engine process ended with status {status}"
+    return cause + {
+        -signal.SIGBUS: " (SIGBUS): a file that it read shrank, or its disk failed",
+        -signal.SIGKILL: " (SIGKILL): probably the system's memory ran out",
+    }.get(status, "")
 
 
 def _watch(process: subprocess.Popen[bytes], ended: asyncio.Future[int]) -> None:

@@ -57,6 +57,8 @@ def main(path: str, config_json: str) -> None:
         sys.exit(1)
     if word == "exit":
         os._exit(7)
+    if word == "signal":
+        os.kill(os.getpid(), int(argument))
     if word == "hang":
         time.sleep(60)
     send(Ready(100, 50, 16, 10, 1, "float32", "cpu", ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -150,7 +151,15 @@ async def test_too_many_deaths_end_every_stream_with_the_cause(make):
         assert "died 2 times" in await client.died()
 
 
-@pytest.mark.parametrize(("plan", "cause"), [("fail", "no such model"), ("exit", "status 7")])
+@pytest.mark.parametrize(
+    ("plan", "cause"),
+    [
+        ("fail", "no such model"),
+        ("exit", "status 7"),
+        (f"signal:{signal.SIGBUS}", "a file that it read shrank, or its disk failed"),
+        (f"signal:{signal.SIGKILL}", "the system's memory ran out"),
+    ],
+)
 async def test_an_engine_that_cannot_start_is_one_line(make, plan, cause):
     client = make(plan)
     with pytest.raises(EngineDead, match=cause):
@@ -174,6 +183,11 @@ async def test_an_engine_that_says_nothing_while_it_has_work_is_replaced(make):
 async def test_an_engine_that_talks_nonsense_is_replaced(make):
     async with started(make("garbage,serve")) as client:
         assert await Stream(client).tokens() == [0, 1, 2, 3, 4, 5]
+
+
+async def test_an_engine_that_is_killed_for_nonsense_did_not_run_out_of_memory(make):
+    async with started(make("garbage", max_restarts=0)) as client:
+        assert "sent what is no message" in await client.died()
 
 
 async def test_what_fails_in_a_listener_stays_there(make):
