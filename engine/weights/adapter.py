@@ -109,6 +109,8 @@ class Adapter:
             more = pickled if (folder / "adapter_model.bin").is_file() else ""
             raise CheckpointError(f"{folder}: {WEIGHTS} is missing{more}")
         self._changes = _changes(read_safetensors(folder / WEIGHTS), settings)
+        if not self._changes:
+            raise CheckpointError(f"{folder / WEIGHTS}: changes nothing: it has no tensors")
         self._files = MappedFiles()
 
     @property
@@ -143,10 +145,7 @@ class Adapter:
             self._files.drop(part)
 
     def __enter__(self) -> Self:
-        for change in self._changes.values():
-            for part in change.parts:
-                self._files.open(part.file)
-                self._files.check(part)
+        self._files.open(part for change in self._changes.values() for part in change.parts)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,8 +173,6 @@ def _changes(stored: Mapping[str, StoredTensor], settings: AdapterSettings) -> d
         if ending != "weight" or _canonical(module) in changes:
             raise CheckpointError(f"{tensor.file}: tensor '{name}' is none of a supported LoRA adapter")
         changes[_canonical(module)] = Replacement(_floating(tensor))
-    if not changes:
-        raise CheckpointError("the adapter changes nothing: it has no tensors")
     return changes
 
 

@@ -35,7 +35,10 @@ def verified(checkpoint: Checkpoint) -> Iterator[None]:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """The header of a GGUF file (versions 2 and 3): metadata, and where each tensor lies. No torch.
 
-The file is not trusted. Every count and length is checked against the bytes that are left before
-anything is allocated for it, so a hostile header costs at most a small multiple of the file's size.
+The file is not trusted. Every count and length is checked against the bytes that are left in the file and in
+the largest header allowed, before anything is allocated: a hostile one costs a small multiple of that.
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -26,6 +26,7 @@ _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 1024
+_MAX_HEADER_BYTES = 2**27  # the largest vocabularies take a tenth
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U64 = struct.Struct("<Q")
@@ -224,7 +225,8 @@ class _Reader:
 
     def _strings(self, count: int) -> tuple[str, ...]:
         """The hot loop: a vocabulary and its merges are 100,000 of these."""
-        data, size, pos = self.data, self.size, self.pos
+        data, pos = self.data, self.pos
+        limit = min(self.size, _MAX_HEADER_BYTES)
         read_length = partial(_U64.unpack_from, data)
         strings: list[str] = []
         append = strings.append
@@ -233,7 +235,7 @@ class _Reader:
                 (length,) = read_length(pos)
                 pos += 8
                 end = pos + length
-                if end > size:
+                if end > limit:
                     self.pos = pos
                     self._require(length)
                 append(data[pos:end].decode())
@@ -279,6 +281,8 @@ class _Reader:
     def _require(self, length: int) -> None:
         if length > self.size - self.pos:
             self._fail(f"needs {length} bytes, but {self.size - self.pos} are left in the file")
+        if self.pos + length > _MAX_HEADER_BYTES:
+            self._fail(f"goes beyond byte {_MAX_HEADER_BYTES}, before which the header must end")
 
     def _fail(self, problem: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {self.where} {problem}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ import torch
 from engine.weights.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from engine.weights.safetensors import StoredTensor
+
+warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # nobody writes to it
 
 DTYPES = {
     "U8": torch.uint8,
@@ -37,18 +41,26 @@ class MappedFiles:
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def open(self, path: Path) -> None:
+    def open(self, tensors: Iterable[StoredTensor]) -> None:
         """Raises CheckpointError. Threads may read what was opened before they began."""
-        if path in self._maps:
-            return
+        try:
+            for stored in tensors:
+                if stored.file not in self._maps:
+                    self._map(stored.file)
+                self._check(stored)
+        except CheckpointError:
+            self.close()
+            raise
+
+    def _map(self, path: Path) -> None:
         try:
             with path.open("rb") as file:
-                # Private and so writable, as torch wants its buffers; nothing is ever written.
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                # What could be written counts as memory at once: a file larger than it could not be mapped.
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
-    def check(self, stored: StoredTensor) -> None:
+    def _check(self, stored: StoredTensor) -> None:
         """The file may have changed since its header was read; beyond its end the process would be killed."""
         if stored.offset + stored.num_bytes > len(self._maps[stored.file]):
             raise CheckpointError(

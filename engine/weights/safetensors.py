@@ -74,9 +74,12 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def read_integers(stored: StoredTensor) -> tuple[int, ...]:
     """The numbers of a small tensor of I32 or I64. Raises CheckpointError when the file has changed."""
-    with stored.file.open("rb") as file:
-        file.seek(stored.offset)
-        raw = file.read(stored.num_bytes)
+    try:
+        with stored.file.open("rb") as file:
+            file.seek(stored.offset)
+            raw = file.read(stored.num_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{stored.file}: {error.strerror or error}") from error
     if len(raw) != stored.num_bytes:
         raise CheckpointError(f"{stored.file}: tensor '{stored.name}' is cut off")
     return struct.unpack(f"<{prod(stored.shape)}{'i' if stored.dtype == 'I32' else 'q'}", raw)

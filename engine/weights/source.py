@@ -90,10 +90,7 @@ class WeightSource:
 
     def __enter__(self) -> Self:
         """Opens the files of the recipes that were asked for. Raises CheckpointError."""
-        for recipe in self._recipes.values():
-            for part in recipe.parts:
-                self._files.open(part.file)
-                self._files.check(part)
+        self._files.open(part for recipe in self._recipes.values() for part in recipe.parts)
         return self
 
     def __exit__(self, *_: object) -> None:

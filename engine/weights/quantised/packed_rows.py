@@ -63,7 +63,8 @@ def _check_extra(tensor: StoredTensor, kind: str, rows: int, columns: int, group
     elif tensor.dtype == "I32":
         need(tensor.shape == (-(-rows * bits // 32), groups), tensor, f"[rows in words, {groups}]")
     else:
-        need(tensor.shape in ((rows, groups), (1,), (1, 1)), tensor, f"[{rows}, {groups}]")
+        single = groups == 1 and tensor.shape in ((1,), (1, 1))
+        need(single or tensor.shape == (rows, groups), tensor, f"[{rows}, {groups}]")
 
 
 def _widen(bits: int, kinds: tuple[str, ...], parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:

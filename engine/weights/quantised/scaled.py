@@ -6,6 +6,7 @@ The formats float-quantized, int-quantized and naive-quantized of compressed-ten
 from __future__ import annotations
 
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,12 +55,13 @@ def _block(weight: StoredTensor, scale: StoredTensor, declared: tuple[int, int] 
     """How many rows and columns one scale is for."""
     rows, columns = weight.shape
     down, across = _matrix(scale.shape)
+    need(prod(scale.shape) == down * across, scale, "[rows, columns]")
     if declared and down * across > 1 and (down, across) != (rows, 1):
         expected = (-(-rows // declared[0]), -(-columns // declared[1]))
         need((down, across) == expected, scale, f"{list(expected)}: blocks of {list(declared)}")
         return declared
     fits = down and across and not rows % down and not columns % across
-    need(bool(fits) and len(scale.shape) <= 2, scale, f"one that divides {list(weight.shape)}")
+    need(bool(fits), scale, f"one that divides {list(weight.shape)}")
     return rows // down, columns // across
 
 

@@ -111,7 +111,7 @@ def _fp8(fields: Fields) -> Quantisation:
 
 def _pair(fields: Fields, name: str) -> tuple[int, int] | None:
     sizes = fields.items(name, 2, (int,))
-    if sizes is not None and min(sizes) < 1:
+    if sizes is not None and not all(0 < size < 2**31 for size in sizes):
         raise fields.unsupported(name, list(sizes))
     return None if sizes is None else (sizes[0], sizes[1])
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine.checkpoint import Checkpoint, CheckpointError, locate
 from engine.tiers.identity import kv_identity
-from engine.weights.adapter import Adapter
+from engine.weights.adapter import WEIGHTS, Adapter
 from engine.weights.loader import load_weights
 from tests.engine.weights.folder import folder_tensors, write_json
 from tests.engine.weights.test_families import LLAMA
@@ -209,6 +209,7 @@ def test_a_shared_embedding_is_not_changed_on_one_side_only(tmp_path: Path) -> N
 
 
 def test_folders_that_are_none(base: Checkpoint, tmp_path: Path) -> None:
+    assert f"{WEIGHTS}: changes nothing" in refusal(base, write_adapter(tmp_path, {}))
     assert "no folder of a LoRA adapter" in refusal(base, tmp_path / "gone")
     assert "adapter_config.json: No such file" in refusal(base, tmp_path)
     adapter = write_adapter(tmp_path, pair(Q, 64, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_tensors_within_each_other_are_refused(tmp_path: Path) -> None:
     said = refusal(tmp_path, raw.replace(second, struct.pack("<IQIQ", 1, 4, 0, 32)))
     assert "'ab' begins at byte" in said
     assert "within 'aa'" in said
+
+
+def test_a_header_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """Each byte of an array becomes an object: an array of gigabytes would take the machine's memory."""
+    count = 2**27
+    for kind, length in ((0, count), (8, count // 8)):
+        head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + make.text("x") + struct.pack("<IIQ", 9, kind, length)
+        path = write(tmp_path, head)
+        os.truncate(path, 2 * count)
+        with pytest.raises(CheckpointError, match="'x' goes beyond byte 134217728, before which"):
+            read_gguf(path)
 
 
 def test_a_part_of_a_model_is_refused(tmp_path: Path) -> None:

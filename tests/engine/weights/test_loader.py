@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from engine.checkpoint import Checkpoint, CheckpointError, locate
+from engine.weights.checksum import verified
 from engine.weights.layout_folder import folder_targets
 from engine.weights.layout_gguf import gguf_targets
 from engine.weights.loader import check_weights, load_weights
@@ -152,6 +153,13 @@ def test_a_wrong_sum_names_both(tmp_path: Path) -> None:
     said = refusal(replace(checkpoint, sha256="0" * 64))
     assert "0" * 64 in said
     assert len(said.split("SHA-256 is ")[1].split(",")[0]) == 64
+
+
+def test_a_file_that_cannot_be_hashed_is_named(tmp_path: Path) -> None:
+    checkpoint = replace(tiny_gguf(tmp_path), sha256="0" * 64)
+    checkpoint.path.unlink()
+    with pytest.raises(CheckpointError, match=r"gguf: No such file"), verified(checkpoint):
+        pass
 
 
 def broken(tmp_path: Path, name: str, tensor: torch.Tensor | None) -> Checkpoint:

@@ -225,6 +225,7 @@ def refusal(folder: Path, stored: dict[str, torch.Tensor], quantisation: dict[st
         ({"quant_method": "awq", "bits": 4, "format": "marlin"}, "format = 'marlin'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": [2**70, 128]}, "weight_block_size"),
         (compressed(6, "mxfp6-pack-quantized"), "'mxfp6-pack-quantized'"),
         (compressed(4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
         (compressed(4) | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
@@ -250,6 +251,7 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ("weight_shape", torch.tensor([8, 40]), "does not hold [8, 40] numbers of 4 bits"),
         ("weight_shape", torch.tensor([8, -1]), "does not hold"),
         ("weight_zero_point", torch.zeros(2, 2, dtype=torch.int32), "rows in words"),
+        ("weight_zero_point", torch.zeros(1, dtype=torch.int8), "needed is [8, 2]"),
         ("weight_g_idx", torch.full((32,), 2, dtype=torch.int32), "names group 2 of 2"),
     ):
         stored = dict(good)
@@ -270,6 +272,10 @@ def test_parts_that_do_not_fit_are_named(tmp_path: Path) -> None:
     )
     fp8 = {"m.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "m.weight_scale": torch.ones(3, 1)}
     assert "one that divides [4, 4]" in refusal(tmp_path, fp8, {"quant_method": "fp8"})
+    blocks = {"quant_method": "fp8", "weight_block_size": [2, 2]}
+    assert "needed is [rows, columns]" in refusal(
+        tmp_path, fp8 | {"m.weight_scale": torch.ones(2, 2, 3)}, blocks
+    )
     del fp8["m.weight_scale"]
     assert "no tensor is so stored" in refusal(tmp_path, fp8, {"quant_method": "fp8"})
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine.weights.errors import CheckpointError
 from engine.weights.folder_source import folder_source
-from engine.weights.safetensors import INDEX, StoredTensor, read_folder, read_safetensors
+from engine.weights.safetensors import INDEX, StoredTensor, read_folder, read_integers, read_safetensors
 from tests.engine.weights.stored import read_one
 
 TENSORS = {
@@ -44,6 +44,38 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
     source = folder_source(tmp_path)
     for name, tensor in TENSORS.items():
         assert torch.equal(read_one(source, name, torch.float32), tensor.float()), name
+
+
+def test_a_file_larger_than_all_memory_is_read(tmp_path: Path) -> None:
+    """Experts of a large model that go to a GPU one by one; here a hole in the file."""
+    huge = 2**42
+    header = {"a": entry("F32", [2], 0, 8), "b": entry("U8", [huge], 8, 8 + huge)}
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(raw(header, struct.pack("<2f", 1.5, -2)))
+        file.truncate(file.tell() + huge)
+    (tmp_path / "config.json").write_text("{}")
+    assert read_one(folder_source(tmp_path), "a", torch.float32).tolist() == [1.5, -2]
+
+
+def test_files_that_fail_or_shrink_after_their_header_was_read(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "n": torch.tensor([3, 4])}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    source = folder_source(tmp_path)
+    source.recipe("a")
+    numbers = read_folder(tmp_path)["n"]
+    assert read_integers(numbers) == (3, 4)
+    os.truncate(tmp_path / "model.safetensors", numbers.offset)
+    with pytest.raises(CheckpointError, match="'n' is cut off"):
+        read_integers(numbers)
+    os.truncate(tmp_path / "model.safetensors", 8)
+    with pytest.raises(CheckpointError, match=r"'a' ends at byte .* the file has 8 bytes now"), source:
+        pass
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        read_integers(numbers)
+    with pytest.raises(CheckpointError, match="No such file"), source:
+        pass
 
 
 def test_data_at_odd_offsets(tmp_path: Path) -> None:
@@ -88,6 +120,7 @@ def refusal(folder: Path, content: bytes | None = None) -> str:
         (raw({"a": entry("F32", [1], 4, 8)}, bytes(8)), "begins at byte"),
         (raw({"a": entry("F32", [1], 0, 4)}, bytes(8)), "the tensors end at byte"),
         (raw({"a\n": entry("F32", [1], 0, 4)}, bytes(4)), "has the name"),
+        (raw({"a": {"dtype": "F32", "shape": "1\n\x1b[2J"}}), r"the shape 1\n\x1b[2J"),
         (raw({"a" * 2000: entry("F32", [1], 0, 4)}, bytes(4)), "has the name"),
     ],
 )
