@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from engine.models.config import Rope, RopeScaling, ScalingKind
+from engine.models.rotary import inverse_frequencies
 from tests.engine.families.references import (
     LLAMA3_ROPE,
     VOCAB,
@@ -109,3 +111,16 @@ def test_the_older_spelling(rope: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (text,) = serve(tmp_path, [prompt(90)], step_tokens=256, num_tokens=2)
     assert_close(text.logits, logits_of(model, text.tokens)[:-1])
+
+
+def test_a_frequency_at_the_edge_of_equal_bands_is_a_number() -> None:
+    edge = (64 * torch.ones(1) / (2 * torch.pi)).item()
+    scaling = RopeScaling(
+        kind=ScalingKind.LLAMA3,
+        factor=8.0,
+        original_max_positions=64,
+        low_freq_factor=edge,
+        high_freq_factor=edge,
+    )
+    found = inverse_frequencies(Rope(theta=10000.0, num_rotated=8, scaling=scaling))
+    assert found[0] == 1 / 8
