@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_TEMPLATE_NAME = re.compile(r"[\w-]{1,64}")
+TEMPLATE_NAME = re.compile(r"[\w-]{1,64}")
 _MAX_TEMPLATES = 32
 _ID = re.compile("[0-9]{1,10}")
 
@@ -64,7 +64,7 @@ class FolderText:
         if path.is_file():
             found["default"] = read_text(path)
         for path in sorted(self.folder.glob("additional_chat_templates/*.jinja"))[:_MAX_TEMPLATES]:
-            if _TEMPLATE_NAME.fullmatch(path.stem):
+            if TEMPLATE_NAME.fullmatch(path.stem):
                 found[path.stem] = read_text(path)
         return found
 
@@ -97,7 +97,7 @@ def _named(value: object) -> Iterator[tuple[str, str]]:
         *pairs,
         *((entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)),
     ):
-        if isinstance(name, str) and isinstance(template, str) and _TEMPLATE_NAME.fullmatch(name):
+        if isinstance(name, str) and isinstance(template, str) and TEMPLATE_NAME.fullmatch(name):
             yield name, template
 
 

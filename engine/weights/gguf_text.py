@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.weights.folder_text import TEMPLATE_NAME
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -77,7 +79,9 @@ def chat_templates(metadata: Mapping[str, Value]) -> dict[str, str]:
     found = {}
     for key, value in metadata.items():
         if isinstance(value, str) and (key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")):
-            found[key.removeprefix(_TEMPLATE).removeprefix(".") or "default"] = value
+            name = key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
+            if TEMPLATE_NAME.fullmatch(name):
+                found[name] = value
     return found
 
 

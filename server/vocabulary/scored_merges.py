@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MAX_WORDS = 20_000  # remembered
 _MAX_REMEMBERED_CHARS = 64
 _PARTS = 32
+_MAX_TRIED_CHARS = 128  # of a piece; trying takes the square of it
 _RUN_FACTOR = 4  # runs of up to this many times the longest piece are tried
 
 
@@ -123,8 +124,9 @@ def ranks_suffice(scores: Mapping[str, float], merges: Sequence[tuple[str, str]]
     for piece in made:
         sharing.setdefault(scores[piece], []).append(piece)
     tied = [piece for pieces in sharing.values() if len(pieces) > 1 for piece in pieces]
-    if len(set("".join(tied))) > 1:
+    longest = max(map(len, tied), default=0)
+    if len(set("".join(tied))) > 1 or longest > _MAX_TRIED_CHARS:
         return False
     ranked, scored = by_rank(merges), by_score(scores)
-    runs = (tied[0][0] * length for length in range(_RUN_FACTOR * max(map(len, tied)))) if tied else ()
+    runs = (tied[0][0] * length for length in range(_RUN_FACTOR * longest)) if tied else ()
     return all(merged(run, ranked) == merged(run, scored) for run in runs)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from server.vocabulary.document import Document, Vocabulary
 
 SPACE = "\u2581"
+_MAX_PIECE_CHARS = 1024  # each is split in every way; trainers stop at 16, and by hand come runs of spaces
 _SPACE_WITHIN = re.compile(f"[^{SPACE}]{SPACE}")
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _BEFORE_HEX = "(?<=<)(?=0x[0-9A-F]{2}>)"  # the library's Unigram would take the text "<0x41>" for the byte
@@ -71,6 +72,11 @@ def build(
 ) -> Vocabulary:
     """The tokeniser of `pieces`, whose index is their id, cut to the model's rows. Raises CheckpointError."""
     scores = {piece.text: piece.score for piece in pieces if _in_text(piece)}
+    longest = max(scores, key=len, default="")
+    if len(longest) > _MAX_PIECE_CHARS:
+        raise CheckpointError(
+            f"piece {longest[:40]!r}... has {len(longest)} characters; at most {_MAX_PIECE_CHARS} are read"
+        )
     merges = [] if rules.unigram else _merges(scores)
     made: Document = {
         "added_tokens": added,

@@ -56,6 +56,7 @@ def test_templates_have_names() -> None:
         key.CHAT_TEMPLATE: "a",
         key.CHAT_TEMPLATE_N.format(name="tool_use"): "b",
         key.CHAT_TEMPLATE_N.format(name="rag"): 5,
+        key.CHAT_TEMPLATE_N.format(name="\x1b[31m"): "escapes for the terminal that lists it",
         key.CHAT_TEMPLATES: ("tool_use",),
     }
     assert gguf_text.chat_templates(metadata) == {"default": "a", "tool_use": "b"}

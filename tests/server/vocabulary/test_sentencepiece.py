@@ -156,6 +156,17 @@ def test_time_is_near_linear(part: str, tied: bool) -> None:
     assert time.perf_counter() - start < 5.0
 
 
+def test_long_pieces_cost_no_more_than_their_bounds() -> None:
+    with pytest.raises(CheckpointError, match="has 100000 characters; at most 1024"):
+        vocabulary({"ab" * 50_000: 0.0})
+    tied = {"a" * length: -1.0 for length in range(1, 600)}
+    started_s = time.perf_counter()
+    tokenizer = vocabulary(tied)
+    assert time.perf_counter() - started_s < 1.5  # takes 0.3 s; trying every run of them took 3 s
+    found = [tokenizer.decode([token]) for token in tokenizer.encode("a" * 99, special=False)]
+    assert found == slowly_merged("a" * 99, tied)
+
+
 def test_what_is_no_piece_becomes_bytes_or_unknown() -> None:
     tokenizer = vocabulary({"a": -1.0, "\u2581": -2.0})
     assert tokenizer.encode("a é", special=False) == [0, 1, 2 + 0xC3, 2 + 0xA9]
