@@ -17,9 +17,11 @@ from engine.models.gguf_families import GGUF_FAMILIES, read_gguf_config
 from engine.models.shape import checked, read_shape
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from engine.models.config import TransformerConfig
+    from engine.models.gguf_families import GGUFFamily
+    from engine.models.shape import Family
 
 
 _OUTER = ("tie_word_embeddings",)  # what a model around the text model decides for it
@@ -30,7 +32,7 @@ def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
     architectures = config.get("architectures")
     family = next((known for known in FAMILIES if architectures == [known.architecture]), None)
     if family is None:
-        raise unsupported("config.json architectures", architectures)
+        raise unsupported("config.json architectures", architectures, _known(FAMILIES))
     own = Fields("config.json", config)
     if family.nested:
         own = own.within(family.nested)
@@ -56,5 +58,9 @@ def from_gguf(
     architecture = metadata.get("general.architecture")
     family = next((known for known in GGUF_FAMILIES if known.architecture == architecture), None)
     if family is None:
-        raise unsupported("metadata general.architecture", architecture)
+        raise unsupported("metadata general.architecture", architecture, _known(GGUF_FAMILIES))
     return checked(read_gguf_config(family, metadata, tensors, factors or {}))
+
+
+def _known(families: Iterable[Family | GGUFFamily]) -> str:
+    return f"; these are: {', '.join(dict.fromkeys(family.architecture for family in families))}"

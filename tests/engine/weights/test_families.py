@@ -111,7 +111,7 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], named:
     with pytest.raises(CheckpointError) as caught:
         from_config_json(LLAMA | change)
     assert named in str(caught.value)
-    assert len(str(caught.value)) < 200
+    assert len(str(caught.value)) < 400
 
 
 def test_gguf_metadata() -> None:
@@ -132,7 +132,10 @@ def test_gguf_factors_of_the_rotary_frequencies() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"general.architecture": "mamba"}, "general.architecture = 'mamba'"),
+        (
+            {"general.architecture": "mamba"},
+            "general.architecture = 'mamba' is not supported; these are: llama",
+        ),
         ({"llama.expert_count": 8}, "lacks llama.expert_used_count"),
         ({"llama.expert_group_count": 8}, "llama.expert_group_count = 8"),
         ({"llama.attention.sliding_window": 128}, "llama.attention.sliding_window"),
