@@ -7,6 +7,7 @@ engine for the weights.
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -138,10 +139,12 @@ def _rope_factors(file: GGUFFile, info: TensorInfo) -> tuple[float, ...]:
 
 
 def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
-    if not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder}: no config.json, so no folder of a checkpoint; a .gguf file is served by its own path"
-        )
+    with suppress(OSError):  # why it cannot be looked at, reading it says
+        if not (folder / "config.json").exists():
+            raise CheckpointError(
+                f"{folder}: no config.json, so no folder of a checkpoint; a .gguf file is served by its own "
+                f"path"
+            )
     config = read_json_object(folder / "config.json")
     texts = folder_text.read(folder)
     try:

@@ -9,6 +9,7 @@ import torch
 from cuda_kernels import ops
 from engine.checkpoint import CheckpointKind
 from engine.models.kv_groups import kv_groups
+from engine.weights.safetensors import INDEX
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
@@ -22,10 +23,12 @@ def kv_identity(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     """
     files = [checkpoint.path]
     if checkpoint.kind == CheckpointKind.FOLDER:  # config.json says how the weights are quantised
-        files = [path for name in ("config.json", "*.safetensors") for path in checkpoint.path.glob(name)]
+        names = ("config.json", INDEX, "*.safetensors")
+        files = [path for name in names for path in checkpoint.path.glob(name)]
     if checkpoint.adapter is not None:
         files += checkpoint.adapter.glob("adapter_*")
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    states = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]  # not a link to nothing
+    weights = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     arithmetic = (str(dtype), device.type, torch.__version__, ops.ARITHMETIC_VERSION)
     shape = checkpoint.transformer
     return repr((weights, shape, kv_groups(shape), page_size, arithmetic)).encode()

@@ -89,7 +89,7 @@ class Replacement:
         return (self.whole,)
 
     def fits(self, shape: Shape) -> bool:
-        return self.whole.shape == shape and len(shape) == 2
+        return self.whole.shape == shape
 
     def apply(self, weights: torch.Tensor, read: Read) -> None:
         weights.copy_(read(self.whole))
@@ -119,7 +119,7 @@ class Adapter:
 
     def check(self, targets: Iterable[Target]) -> None:
         """Everything that the adapter changes is there and has the right shape, else CheckpointError."""
-        pieces = {_canonical(p.module): p for target in targets for p in target.pieces if p.module}
+        pieces = {_canonical(p.module): p for target in targets for p in target.pieces if _can_be_adapted(p)}
         tied = not any(target.name == "head" for target in targets)
         for module, change in self._changes.items():
             first = change.parts[0]
@@ -135,7 +135,7 @@ class Adapter:
                 )
 
     def changes(self, piece: Piece) -> bool:
-        return bool(piece.module) and _canonical(piece.module) in self._changes
+        return _can_be_adapted(piece) and _canonical(piece.module) in self._changes
 
     def merge(self, piece: Piece, weights: torch.Tensor) -> None:
         """Change `weights`, of float32, which are those of the piece's module in its order, in place."""
@@ -150,6 +150,10 @@ class Adapter:
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
+
+
+def _can_be_adapted(piece: Piece) -> bool:
+    return bool(piece.module) and len(piece.shape) == 2
 
 
 def _canonical(module: str) -> str:

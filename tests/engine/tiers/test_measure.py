@@ -87,9 +87,12 @@ def test_whatever_changes_the_numbers_changes_the_identity(tmp_path: Path, monke
     others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
     (tmp_path / "config.json").write_text("{}")
     others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # says which of two files has a tensor
+    others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
+    (tmp_path / "gone.safetensors").symlink_to("nowhere")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"more")
     others.add(kv_identity(replace(checkpoint, adapter=tmp_path), torch.float32, CPU, 16))
     monkeypatch.setattr("cuda_kernels.ops.ARITHMETIC_VERSION", 0)
     others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
     assert same not in others
-    assert len(others) == 8
+    assert len(others) == 9

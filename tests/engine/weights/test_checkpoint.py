@@ -102,6 +102,18 @@ def test_config_json_alone_is_enough(tmp_path: Path) -> None:
     assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.chat_template) == ((), None, None)
 
 
+def test_a_folder_that_may_not_be_looked_into_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, **_: Any) -> os.stat_result:
+        if path.name == "config.json":
+            raise PermissionError(13, "Permission denied")
+        return os.stat(path)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    assert "config.json: Permission denied" in refusal(str(tmp_path))
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     assert "no folder, no .gguf file and no hub name" in refusal("nothing")
     assert "no folder" in refusal("/a/b/c")
