@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from starlette.responses import Response
 
+from engine.checkpoint import CheckpointError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -87,6 +89,11 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         return error_response(error)
+
+    @app.exception_handler(CheckpointError)
+    async def unreadable_text(request: Request, error: CheckpointError) -> Response:
+        """A vocabulary may hold rules that some text makes its library give up on."""
+        return error_response(invalid(f"The model's vocabulary cannot read this: {error}", code="unreadable"))
 
     @app.exception_handler(RequestValidationError)
     async def bad_parameters(request: Request, error: RequestValidationError) -> Response:

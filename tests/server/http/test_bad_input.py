@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint import CheckpointError
+from tests.server.byte_tokenizer import ByteTokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
 
@@ -285,6 +287,28 @@ def test_wrong_content_type(server: Running) -> None:
         response = client.post("/v1/completions", data={"prompt": "a"})
     assert response.status_code == 415
     check_envelope(response.json())
+
+
+class GivingUp(ByteTokenizer):
+    """A vocabulary whose rules cannot cope with some text."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        if "!" in text:
+            raise CheckpointError("a text: retry-limit-in-match over")
+        return super().encode(text, special=special)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text, special=True)
+
+
+def test_a_text_that_the_vocabulary_gives_up_on_is_a_400() -> None:
+    with running(tokenizer=GivingUp()) as server:
+        for path in ("/v1/completions", "/tokenize"):
+            response = server.post(path, {"prompt": "a!"})
+            assert response.status_code == 400
+            assert check_envelope(response.json())["code"] == "unreadable"
+        assert server.complete(max_tokens=1)["choices"][0]["text"] == "a"
+        assert server.service.admission.in_flight == 0
 
 
 def test_more_sequences_than_the_server_takes_is_not_worth_a_retry() -> None:
