@@ -148,8 +148,12 @@ class Adapter:
         self._files.open(part for change in self._changes.values() for part in change.parts)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
+    def __exit__(self, failure: object, *_: object) -> None:
+        try:
+            if failure is None:
+                self._files.check_unchanged()
+        finally:
+            self._files.close()
 
 
 def _can_be_adapted(piece: Piece) -> bool:

@@ -36,10 +36,11 @@ DTYPES = {
 
 
 class MappedFiles:
-    """Maps each file when it is first asked for, until it is closed."""
+    """Maps the files of some tensors, until they are closed."""
 
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._states: dict[Path, tuple[int, int]] = {}
 
     def open(self, tensors: Iterable[StoredTensor]) -> None:
         """Raises CheckpointError. Threads may read what was opened before they began."""
@@ -54,6 +55,7 @@ class MappedFiles:
 
     def _map(self, path: Path) -> None:
         try:
+            self._states[path] = _state(path)
             with path.open("rb") as file:
                 # What could be written counts as memory at once: a file larger than it could not be mapped.
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -83,11 +85,20 @@ class MappedFiles:
         """Its pages are not needed again: they stop counting as memory of this process."""
         self._advise(self._maps[stored.file], "MADV_DONTNEED", stored)
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError: what was read may be half of one model and half of another."""
+        for path, state in self._states.items():
+            with suppress(OSError):
+                if _state(path) == state:
+                    continue
+            raise CheckpointError(f"{path}: was changed or removed while it was loaded: start again")
+
     def close(self) -> None:
         for data in self._maps.values():
             with suppress(BufferError):  # after a failure a tensor may still look at it and keeps it
                 data.close()
         self._maps.clear()
+        self._states.clear()
 
     @staticmethod
     def _advise(data: mmap.mmap, name: str, stored: StoredTensor) -> None:
@@ -96,3 +107,9 @@ class MappedFiles:
             return
         start = stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
         data.madvise(advice, start, stored.offset + stored.num_bytes - start)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What another content has another one of: size and time of change. Raises OSError."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

@@ -93,5 +93,9 @@ class WeightSource:
         self._files.open(part for recipe in self._recipes.values() for part in recipe.parts)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
+    def __exit__(self, failure: object, *_: object) -> None:
+        try:
+            if failure is None:
+                self._files.check_unchanged()
+        finally:
+            self._files.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.weights.errors import CheckpointError
 from engine.weights.filling import Filling
 from engine.weights.folder_source import folder_source
 from engine.weights.layout import Piece, Target
@@ -110,3 +111,18 @@ def test_a_failure_ends_the_load_and_restores_the_threads(source: WeightSource) 
     with pytest.raises(MemoryError):
         Filling(source, torch.float32, CPU).run([Target("q", (4, 8), (whole("q", arrange=fail),))])
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("change", [Path.touch, Path.unlink])
+def test_files_that_change_while_they_are_loaded_are_refused(
+    source: WeightSource, tmp_path: Path, change: Any
+) -> None:
+    """Their pages in a cache on the disk would be named after what lies there now."""
+
+    def meanwhile(values: torch.Tensor) -> torch.Tensor:
+        change(tmp_path / "model.safetensors")
+        return values
+
+    with pytest.raises(CheckpointError, match="was changed or removed while it was loaded"):
+        Filling(source, torch.float32, CPU).run([Target("q", (4, 8), (whole("q", arrange=meanwhile),))])
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text()
