@@ -57,16 +57,17 @@ class Filling:
         return self.kept_bytes(targets) + self._num_threads(targets) * self._temporary_bytes(targets)
 
     def _temporary_bytes(self, targets: list[Target]) -> int:
-        """Of the largest piece that is not read straight into its place: as read, and arranged."""
-        return max(
-            (
-                prod(piece.shape) * (4 if self._is_adapted(piece) else self._dtype_of(target).itemsize) * 2
-                for target in targets
-                for piece in target.pieces
-                if not self._goes_straight(piece)
-            ),
-            default=0,
-        )
+        """Of the piece that takes most on its way to its place."""
+        pieces = ((target, piece) for target in targets for piece in target.pieces)
+        return max((self._on_its_way(target, piece) for target, piece in pieces), default=0)
+
+    def _on_its_way(self, target: Target, piece: Piece) -> int:
+        """Bytes as stored, where that is copied to another device; as read and as arranged, where it is."""
+        stored = 0 if self.device.type == "cpu" else self.source.stored_bytes(piece.stored)
+        if self._goes_straight(piece):
+            return stored
+        width = 4 if self._is_adapted(piece) else self._dtype_of(target).itemsize
+        return stored + prod(piece.shape) * width * 2
 
     def _num_threads(self, targets: list[Target]) -> int:
         """One core is left to the server, which starts at the same time, and to the hash."""

@@ -98,7 +98,10 @@ def test_threads_are_as_many_as_their_pieces_leave_room_for(source: WeightSource
         kept = 3 * 2 * 8 * 2
         assert filling.kept_bytes(large) == kept
         assert filling.peak_bytes(large) == kept + 2 * kept  # one thread: as read, and arranged
-        assert filling.peak_bytes([Target("k", (2, 8), (whole("k"),))]) == 2 * 8 * 2
+        straight = [Target("k", (2, 8), (whole("k"),))]
+        assert filling.peak_bytes(straight) == 2 * 8 * 2
+        gpu = Filling(source, torch.bfloat16, torch.device("cuda"))  # where stored bytes are copied to
+        assert gpu.peak_bytes(straight) == 2 * 8 * 2 + 2 * 8 * 4
     finally:
         torch.set_num_threads(before)
 
