@@ -19,6 +19,7 @@ from engine.weights.errors import CheckpointError
 from engine.weights.gguf import GGUFFile, read_gguf
 from engine.weights.json_files import read_json_object
 from engine.weights.paths import named_path
+from engine.weights.safetensors import weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -160,7 +161,7 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         path=folder,
         kind=CheckpointKind.FOLDER,
         transformer=transformer,
-        size_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors") if file.is_file()),
+        size_bytes=sum(file.stat().st_size for file in weight_files(folder) if file.is_file()),
         eos_token_ids=tuple(dict.fromkeys([*ends, *texts.named_end_ids()])),
         bos_token_id=next(iter(begin), None),
         add_bos=texts.add_bos(),

@@ -39,9 +39,7 @@ class Description:
     stored_bytes: int
     vocab_size: int
     max_positions: int
-    windows: tuple[
-        tuple[int, int], ...
-    ]  # (tokens that a layer sees, number of such layers), but for the full
+    windows: tuple[tuple[int, int], ...]  # (tokens that a layer sees, layers), of those that do not see all
     chunks: tuple[tuple[int, int], ...]
     num_layers_without_positions: int
     rope_scaling: str  # kind and factor, "" where there is none
@@ -91,24 +89,23 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
     """Everything that the engine checks before it reads weights. Raises CheckpointError, with its line."""
     import torch
 
-    from engine import building
+    from engine import sizing
     from engine.weights.loader import check_weights
 
     try:
-        device = building._device(config.device)
-        dtype = building._dtype(config.dtype, device)
-        max_model_len = building._max_model_len(config, checkpoint)
+        device = sizing.choose_device(config.device)
+        dtype = sizing.choose_dtype(config.dtype, device)
+        max_model_len = sizing.served_len(config, checkpoint)
         shape = for_context(checkpoint.transformer, max_model_len)
         adapter = named_path(config.lora, "lora") if config.lora else None
         checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
-        free = building.free_bytes(device)
+        free = sizing.free_bytes(device)
         stored_as, weight_bytes = check_weights(checkpoint, dtype, device, free)
-        share = building.CPU_MEMORY_SHARE if device.type == "cpu" else building.GPU_MEMORY_SHARE
-        kv_bytes = config.kv_cache_bytes or int((free - weight_bytes) * share)
-        settings = building._with_pages(
+        kv_bytes = config.kv_cache_bytes or int((free - weight_bytes) * sizing.memory_share(device))
+        settings = sizing.with_pages(
             replace(config, kv_cache_bytes=kv_bytes), checkpoint, dtype, device, max_model_len
         )
-    except building.EngineConfigError as error:
+    except sizing.EngineConfigError as error:
         raise CheckpointError(str(error)) from None
     spans = kv_spans(shape, settings.page_size)
     num_pages, item_bytes = settings.num_pages, torch.empty((), dtype=dtype).itemsize

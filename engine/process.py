@@ -102,7 +102,8 @@ class LogToServer(logging.Handler):
 
 def run(link: Link, config: EngineConfig) -> int:
     """Build, report ready, then step until told to stop. -> exit status"""
-    from engine.building import EngineConfigError, build_engine
+    from engine.building import build_engine
+    from engine.sizing import EngineConfigError
     from engine.weights.errors import CheckpointError
 
     imported = Phase("import torch", time.perf_counter() - _started)

@@ -57,6 +57,14 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     return {name: files[file][name] for name, file in file_of.items()}
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_folder` would read; beside them a folder may hold the weights in other forms.
+    Raises CheckpointError for an index that is none."""
+    if (folder / INDEX).is_file():
+        return [folder / file for file in sorted(set(_from_index(folder / INDEX).values()))]
+    return [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Name -> tensor. Raises CheckpointError for anything that is not a sound safetensors file."""
     try:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from engine.building import available_cores
 from engine.checkpoint import locate
+from engine.sizing import available_cores
 from engine.weights.loader import load_weights
 from tests.bench.requantised import FOLDER_KINDS, write_folder_as, write_gguf
 from tests.engine.weights.folder import write_folder

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import torch
 
-import engine.building
-from engine.building import EngineConfigError, build_engine
+import engine.sizing
+from engine.building import build_engine
 from engine.config import EngineConfig
 from engine.models.config import Layer
+from engine.sizing import EngineConfigError
 from engine.weights.errors import CheckpointError
 from engine.weights.mapped import MappedFiles
 from scheduler.config import SchedulerConfig
@@ -42,7 +43,7 @@ def config(**tiers: int | str) -> EngineConfig:
 def free_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights find enough, what comes after them finds FREE bytes."""
     answers = chain([10**9], repeat(FREE))
-    monkeypatch.setattr(engine.building, "free_bytes", lambda device: next(answers))
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: next(answers))
 
 
 def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.building, "free_bytes", lambda device: FREE)
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: FREE)
     monkeypatch.setattr(MappedFiles, "open", None)
     with pytest.raises(CheckpointError, match=r"takes \d+ bytes as bfloat16 on cpu, 100000000 are free"):
         build_engine(config())
@@ -103,11 +104,11 @@ class Shape:
 def pages_for(layers: tuple[Layer, ...], max_model_len: int, **settings: Any) -> int:
     asked = replace(config(**settings), scheduler=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4))
     checkpoint = cast("Checkpoint", Shape(layers))
-    return engine.building._with_pages(asked, checkpoint, torch.float32, CPU, max_model_len).num_pages
+    return engine.sizing.with_pages(asked, checkpoint, torch.float32, CPU, max_model_len).num_pages
 
 
 def test_a_sequence_takes_fewer_pages_where_windows_slide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.building, "free_bytes", lambda device: FREE)
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: FREE)
     assert pages_for((Layer(),) * 2, 4096) == 4 * 256
     assert pages_for((Layer(window=128),) * 2, 4096) == 4 * (8 + 1 + 4)  # the window, and a slice of 64
     assert pages_for((Layer(), Layer(window=128)), 4096) == 4 * (256 + 13)

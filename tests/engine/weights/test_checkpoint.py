@@ -145,6 +145,17 @@ def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     assert "neither a file nor a link to one" in refusal(str(tmp_path))
 
 
+def test_only_files_that_would_be_read_count(tmp_path: Path) -> None:
+    for name, size in (("model", 5), ("consolidated", 7), ("model-1", 11), ("model-2", 13)):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    assert folder(tmp_path).size_bytes == 5
+    index = {
+        "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    }
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    assert folder(tmp_path).size_bytes == 24
+
+
 def test_a_link_to_weights_that_are_gone_has_no_bytes(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to("gone")
     assert folder(tmp_path).size_bytes == 0
