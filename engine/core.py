@@ -7,6 +7,9 @@ import time
 from typing import TYPE_CHECKING
 
 from engine.decoding import METHODS
+from engine.drafting import AUTO, DRAFTERS
+from engine.drafting.costs import DraftCosts
+from engine.drafting.speculation import Speculation
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
 from engine.runner import Outcome, Runner
 from engine.step_times import StepTimes
@@ -39,6 +42,9 @@ class EngineCore:
         # Hears of requests before anything of them is computed.
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
         self.step_times = StepTimes(scheduler.costs)
+        self.speculation = Speculation(
+            scheduler, DraftCosts(scheduler.costs, runner.batches.ops.row_multiple)
+        )
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
         self._waits_for_copies = False
@@ -88,6 +94,7 @@ class EngineCore:
             self.scheduler.copied(self.copier.finished())
             failed_copies = self.copier.take_failed()
         self._collect(self.scheduler.expire())
+        self.speculation.offer()
         plan = self.scheduler.plan()
         self._set_aside(plan)
         if self.copier is not None:
@@ -98,6 +105,7 @@ class EngineCore:
             num_prompt_tokens = sum(self._new_prompt_tokens(piece) for piece in plan.slices)
             self._announce(plan)
             outcomes = self._execute(plan)
+            self.speculation.learn(plan, [outcome.advance for outcome in outcomes])
             progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
             self._collect(progress, outcomes)
         outputs, self._early = tuple(self._early), []
@@ -142,7 +150,9 @@ class EngineCore:
         try:
             begun_s = time.perf_counter()
             outcomes = self.runner.execute(plan)
-            self.step_times.note(plan, time.perf_counter() - begun_s)
+            seconds = time.perf_counter() - begun_s
+            self.step_times.note(plan, seconds)
+            self.speculation.costs.note(plan, seconds)
             self._failed_steps = 0
         except Exception as failure:
             self._failed_steps += 1
@@ -159,6 +169,7 @@ class EngineCore:
             self._early.append(_output(news, by_sequence.pop(news.seq_id, None)))
             if news.finish is not None:
                 self.runner.release(news.seq_id)
+                self.speculation.release(news.seq_id)
         for outcome in by_sequence.values():
             if outcome.prompt_logprobs:  # a chunk in the middle of a prompt has no other news
                 sequence = self.scheduler.sequence(outcome.advance.seq_id)
@@ -185,6 +196,8 @@ class EngineCore:
             wrong = f"a token id lies outside the vocabulary of {self.vocab_size}"
         elif request.method not in METHODS:
             wrong = f"unknown decoding method {request.method!r}"
+        elif request.drafter not in (AUTO, *DRAFTERS):
+            wrong = f"unknown drafter {request.drafter!r}"
         if wrong:
             raise RequestRefused(RefusalReason.INVALID, wrong)
 

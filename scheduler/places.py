@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from scheduler.agenda import Agenda, Order
 from scheduler.levels import LevelCounts
 from scheduler.plan import Preempted
-from scheduler.types import Sequence, SequenceState
+from scheduler.types import EMPTY_WINDOW, Sequence, SequenceState
 from scheduler.waiting import WaitingQueue
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ class Places:
     def set_aside(self, sequence: Sequence, reason: str, beneficiary: Sequence) -> None:
         """Preempt: the sequence drops its pages and waits again, where its arrival puts it."""
         pages = list(self.tables.held(sequence.pages))
+        if sequence.window.optional:
+            sequence.window = EMPTY_WINDOW
         self._stop_running(sequence)
         sequence.num_preemptions += 1
         self.aside.add(sequence.seq_id)

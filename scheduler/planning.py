@@ -46,6 +46,7 @@ from typing import TYPE_CHECKING
 from scheduler.room import Room
 from scheduler.sharing import Frontier
 from scheduler.slicing import make_slice, portion
+from scheduler.types import EMPTY_WINDOW
 
 if TYPE_CHECKING:
     from scheduler.agenda import Order
@@ -196,6 +197,9 @@ class Planner:
             if not share or sequence.seq_id not in running:
                 continue
             fits = (sequence.num_computed + share) * num_groups <= len(sequence.pages) * size
+            if not fits and sequence.window.optional:
+                share = self._without_drafts_if_short(sequence, share)
+                fits = (sequence.num_computed + share) * num_groups <= len(sequence.pages) * size
             if fits or self._provide(ranked, number, share):
                 slices.append(make_slice(sequence, share))
         return slices, left
@@ -215,6 +219,8 @@ class Planner:
             share = 0
             if known <= few:
                 share = known + len(sequence.window.tokens)
+                if share > left and sequence.window.optional:
+                    sequence.window, share = EMPTY_WINDOW, known
                 if share > left:
                     share = portion(sequence, left)
             else:
@@ -228,6 +234,13 @@ class Planner:
             left -= share - shares[k]
             shares[k] = share
         return shares, left
+
+    def _without_drafts_if_short(self, sequence: Sequence, share: int) -> int:
+        """Nobody gives up a page for a guess. -> the share, without its drafts if pages are short"""
+        if self._tables.missing(sequence, sequence.num_computed + share) <= self._tables.pool.available:
+            return share
+        drafts, sequence.window = len(sequence.window.tokens), EMPTY_WINDOW
+        return share - drafts
 
     def _provide(self, ranked: list[Sequence], number: int, share: int) -> bool:
         """Pages for the next `share` tokens of one running sequence, if need be from somebody behind it.

@@ -29,7 +29,7 @@ from scheduler.sharing import shared_pages
 from scheduler.spans import Spans
 from scheduler.tenants import Tenants, parse_weights
 from scheduler.tiers import Tiers
-from scheduler.types import FinishReason, Request, Sequence, Visibility
+from scheduler.types import FinishReason, Request, Sequence, Visibility, Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -147,6 +147,51 @@ class Scheduler:
         while (entry := self._deadlines.first()) is not None and entry[0][0] <= now_s:
             progress += self._end_all(entry[1], FinishReason.DEADLINE)
         return tuple(progress)
+
+    # Drafts
+
+    def draftable(self, method: str) -> list[Sequence]:
+        """Running sequences that the next plan would give one token to compute, the last committed one, and
+        that decode by `method`: a window of drafts may be offered to them."""
+        return [
+            sequence
+            for sequence in self._places.running.values()
+            if sequence.request.method == method
+            and sequence.num_computed == len(sequence.tokens) - 1
+            and sequence.num_output
+            and not sequence.window.tokens
+        ]
+
+    def offer(self, seq_id: int, window: Window) -> None:
+        """Let the next plan compute drafts for a draftable sequence, if there is room for them."""
+        sequence = self._sequences[seq_id]
+        assert window.optional, "only drafts are offered"
+        assert not sequence.window.tokens, "drafts beside a window"
+        sequence.window = window
+
+    def without_drafts(self) -> tuple[list[tuple[int, int]], int]:
+        """About what the next step computes of those who run, each (start, tokens), and how many tokens it
+        commits."""
+        left = self.config.max_num_batched_tokens
+        slices, num_committed = [], 0
+        for sequence in self._places.running.values():
+            wanted = sequence.num_tokens - sequence.num_computed
+            share = min(wanted, left)
+            left -= share
+            num_committed += share == wanted
+            if share:
+                slices.append((sequence.num_computed, share))
+        return slices, num_committed
+
+    def room_for_drafts(self) -> int:
+        """Drafts that fit into the next step beside what those who run want computed."""
+        wanted = sum(one.num_tokens - one.num_computed for one in self._places.running.values())
+        room = self.config.max_num_batched_tokens - wanted
+        return max(0, min(room, self._pool.available * self.config.page_size))
+
+    def most_drafts(self, sequence: Sequence) -> int:
+        """Drafts that a sequence can use: one token is committed without any."""
+        return sequence.max_output - sequence.num_output - 1
 
     # The step
 

@@ -65,6 +65,8 @@ class Request:
     tenant: str = ""
     cache_salt: str = ""  # sequences share pages only under equal salts
     method: str = "autoregressive"  # decoding method, by name
+    drafter: str = "auto"  # who guesses ahead, where the method verifies guesses
+    max_draft_tokens: int = 0  # in one step; 0 = as many as pay
     delivered: tuple[tuple[int, ...], ...] = ()
     readmitted: bool = False  # accepted by an earlier engine process: load is no reason to refuse it
 
@@ -90,13 +92,15 @@ class Window:
 
     `depths[k]` is the distance of token k's position from the first uncommitted position: positions
     are data. `ancestors[k]` is a word over the window's own tokens (bit j = token j is visible,
-    itself included), only with `Visibility.ANCESTORS`. A window is computed whole or not at all.
+    itself included), only with `Visibility.ANCESTORS`. A window is computed whole or not at all. An
+    `optional` one is a guess: it is dropped where its tokens or pages would cost anyone anything.
     """
 
     tokens: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
     visibility: Visibility = Visibility.CAUSAL
     ancestors: tuple[int, ...] = ()
+    optional: bool = False
 
 
 EMPTY_WINDOW = Window()

@@ -1,0 +1,20 @@
+"""Drafters by name: the registry is the only place that lists them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from engine.drafting.past_outputs import PastOutputs
+from engine.drafting.prompt_lookup import PromptLookup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.drafting.guess import Drafter
+
+AUTO = "auto"  # whichever is expected to guess most
+
+DRAFTERS: dict[str, Callable[[], Drafter]] = {
+    "prompt_lookup": PromptLookup,
+    "past_outputs": PastOutputs,
+}

@@ -1,0 +1,31 @@
+"""The seam between drafters and the rest: a drafter guesses what comes next; it is never trusted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from scheduler.types import Sequence
+
+
+class Guess(NamedTuple):
+    """A line of tokens that may follow. `evidence` classes how well founded it is (larger is not better,
+    only other): acceptance is learned for each class."""
+
+    tokens: tuple[int, ...]
+    evidence: int
+
+
+NO_GUESS = Guess((), 0)
+
+
+class Drafter(Protocol):
+    """Keeps what it needs between calls; sequences are read, never changed."""
+
+    def guess(self, sequence: Sequence, limit: int) -> Guess:
+        """At most `limit` tokens after the sequence's committed ones; it may have none."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended; its tokens are final."""
+        ...

@@ -1,0 +1,57 @@
+"""Guesses from what the server has answered before: retries, agents and templates repeat one another.
+
+Outputs are kept by cache salt, so that nothing of one tenant shows in another's timing; in all at most
+`max_tokens`, oldest first out, whole halves of a salt's store at a time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from engine.drafting.guess import NO_GUESS
+from engine.drafting.ngrams import NgramIndex
+
+if TYPE_CHECKING:
+    from engine.drafting.guess import Guess
+    from scheduler.types import Sequence
+
+SEPARATOR = -1  # no token: a guess never runs from one output into the next
+
+
+class PastOutputs:
+    def __init__(self, max_tokens: int = 2**18) -> None:
+        self.max_tokens = max_tokens
+        self._stores: OrderedDict[str, list[NgramIndex]] = OrderedDict()  # salt -> older half, newer half
+        self.num_tokens = 0
+
+    def guess(self, sequence: Sequence, limit: int) -> Guess:
+        best = NO_GUESS
+        for index in self._stores.get(sequence.request.cache_salt, ()):
+            found = index.guess(sequence.tokens, limit)
+            if found.tokens and (not best.tokens or found.evidence >= best.evidence):
+                best = found
+        cut = best.tokens.index(SEPARATOR) if SEPARATOR in best.tokens else len(best.tokens)
+        return best._replace(tokens=best.tokens[:cut])
+
+    def release(self, sequence: Sequence) -> None:
+        output = sequence.tokens[sequence.prompt_len :]
+        if not output:
+            return
+        salt = sequence.request.cache_salt
+        halves = self._stores.setdefault(salt, [NgramIndex()])
+        self._stores.move_to_end(salt)
+        if len(halves[-1].tokens) > self.max_tokens // 4:
+            halves.append(NgramIndex())
+        before = len(halves[-1].tokens)
+        # The end of the prompt leads to the first tokens of the answer.
+        halves[-1].extend([SEPARATOR, *sequence.tokens[max(0, sequence.prompt_len - 4) :]])
+        self.num_tokens += len(halves[-1].tokens) - before
+        while self.num_tokens > self.max_tokens:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        salt, halves = next(iter(self._stores.items()))
+        self.num_tokens -= len(halves.pop(0).tokens)
+        if not halves:
+            del self._stores[salt]

@@ -1,0 +1,121 @@
+"""Between two steps: drafts for every sequence that wants them, as many as pay.
+
+    drafters guess -> chances by what was accepted before -> the scheduler grants -> windows
+
+and after the step, what was accepted teaches the chances, and the step's time the cost of a draft.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.drafting import AUTO, DRAFTERS
+from engine.drafting.acceptance import Acceptance
+from engine.drafting.guess import NO_GUESS, Guess
+from scheduler.speculation import Candidate, grant
+from scheduler.types import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from engine.drafting.costs import DraftCosts
+    from engine.drafting.guess import Drafter
+    from scheduler.plan import Advance, StepPlan
+    from scheduler.scheduler import Scheduler
+    from scheduler.types import Sequence
+
+METHOD = "speculative"
+MAX_LINE = 24  # drafts for one sequence in one step
+
+
+class Offer(NamedTuple):
+    """What was offered to the scheduler for one sequence, and has not come back yet."""
+
+    drafter: str
+    evidence: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class DrafterCounts:
+    """Since the start; names and meanings of vLLM's counters."""
+
+    num_drafts: int = 0  # lines that were verified
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_place: list[int] = field(default_factory=lambda: [0] * MAX_LINE)
+
+
+class Speculation:
+    def __init__(self, scheduler: Scheduler, costs: DraftCosts) -> None:
+        self.scheduler = scheduler
+        self.costs = costs
+        self.drafters: dict[str, Drafter] = {name: make() for name, make in DRAFTERS.items()}
+        self.acceptance = Acceptance()
+        self.counts = {name: DrafterCounts() for name in DRAFTERS}
+        self.draft_s = 0.0  # spent on guessing, since the start
+        self._offers: dict[int, Offer] = {}
+        self._met: dict[int, Sequence] = {}  # those that ever could have used drafts, while they live
+
+    def offer(self) -> None:
+        """Before a plan: give the sequences that can use one a window of drafts."""
+        ready = self.scheduler.draftable(METHOD)
+        if not ready:
+            return
+        begun_s = time.perf_counter()
+        self._met.update((sequence.seq_id, sequence) for sequence in ready)
+        guesses = {sequence.seq_id: self._best(sequence) for sequence in ready}
+        candidates = [Candidate(seq_id, chances) for seq_id, (_, _, chances) in guesses.items() if chances]
+        granted = {}
+        if candidates:
+            economy = self.costs.economy(*self.scheduler.without_drafts())
+            granted = grant(candidates, economy, self.scheduler.room_for_drafts())
+        for seq_id, count in granted.items():
+            name, guess, _ = guesses[seq_id]
+            tokens = guess.tokens[:count]
+            self._offers[seq_id] = Offer(name, guess.evidence, tokens)
+            self.scheduler.offer(seq_id, Window(tokens, tuple(range(count)), optional=True))
+        self.draft_s += time.perf_counter() - begun_s
+
+    def learn(self, plan: StepPlan, advances: Iterable[Advance]) -> None:
+        """After a step and before its advances are applied."""
+        pieces = {piece.seq_id: piece for piece in plan.slices}
+        for advance in advances:
+            offer = self._offers.pop(advance.seq_id, None)
+            if offer is None or not pieces[advance.seq_id].num_window or advance.error is not None:
+                continue
+            accepted = max(0, len(advance.committed) - 1)
+            self.acceptance.note(advance.seq_id, offer.drafter, offer.evidence, len(offer.tokens), accepted)
+            counts = self.counts[offer.drafter]
+            counts.num_drafts += 1
+            counts.num_draft_tokens += len(offer.tokens)
+            counts.num_accepted_tokens += accepted
+            for place in range(accepted):
+                counts.accepted_per_place[place] += 1
+
+    def release(self, seq_id: int) -> None:
+        """The sequence has ended; its tokens are final."""
+        sequence = self._met.pop(seq_id, None)
+        if sequence is None:
+            return
+        for drafter in self.drafters.values():
+            drafter.release(sequence)
+        self.acceptance.release(seq_id)
+        self._offers.pop(seq_id, None)
+
+    def _best(self, sequence: Sequence) -> tuple[str, Guess, tuple[float, ...]]:
+        """Of the drafters that the request allows, the one whose guess is expected to gain most."""
+        request = sequence.request
+        limit = min(MAX_LINE, request.max_draft_tokens or MAX_LINE, self.scheduler.most_drafts(sequence))
+        best: tuple[str, Guess, tuple[float, ...]] = ("", NO_GUESS, ())
+        if limit < 1:
+            return best
+        names = self.drafters if request.drafter == AUTO else (request.drafter,)
+        for name in names:
+            guess = self.drafters[name].guess(sequence, limit)
+            chances = self.acceptance.chances(sequence.seq_id, name, guess)
+            if sum(chances) > sum(best[2]):
+                best = (name, guess, chances)
+        return best

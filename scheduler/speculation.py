@@ -1,0 +1,67 @@
+"""How much to speculate: drafts are computed where they are expected to pay, over all sequences of a step.
+
+A step commits one token for each sequence that decodes, and one more for each draft that is accepted. A draft
+is worth its cost while it raises the expected tokens per second of the whole step (goodput: Liu 2024,
+"TurboSpec"; which drafts: the likeliest first, over all sequences: Xiong 2024, "DySpec"). Where many
+sequences decode, a token more costs what it is worth at best, and nobody speculates: by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as SequenceOf
+
+
+class Candidate(NamedTuple):
+    """A line of drafts for one sequence: `chances[d]` that the first d + 1 of them are all accepted."""
+
+    seq_id: int
+    chances: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepEconomy:
+    """A step as it would be without drafts, and what drafts would add."""
+
+    step_s: float
+    num_committed: int  # tokens that it commits
+    num_rows: int  # tokens that it computes
+    row_block: int  # rows are computed in blocks of so many
+    block_s: float  # for one more block of rows
+    draft_s: float  # for each draft, sampled and verified
+
+    def added_s(self, num_drafts: int) -> float:
+        blocks = -(-(self.num_rows + num_drafts) // self.row_block) - -(-self.num_rows // self.row_block)
+        return self.block_s * blocks + self.draft_s * num_drafts
+
+
+def grant(candidates: SequenceOf[Candidate], economy: StepEconomy, max_drafts: int) -> dict[int, int]:
+    """How many leading drafts of each line to compute, by sequence; lines that get none are left out.
+
+    The likeliest first; of all beginnings of that order the one with the most expected tokens per second.
+    """
+    ordered = sorted(_entries(candidates), reverse=True)[: max(0, max_drafts)]
+    expected: float = economy.num_committed
+    best, best_rate = 0, expected / economy.step_s
+    for number, (chance, _, _) in enumerate(ordered, 1):
+        expected += chance
+        rate = expected / (economy.step_s + economy.added_s(number))
+        if rate > best_rate:
+            best, best_rate = number, rate
+    granted: dict[int, int] = {}
+    for _, _, seq_id in ordered[:best]:
+        granted[seq_id] = granted.get(seq_id, 0) + 1
+    return granted
+
+
+def _entries(candidates: Iterable[Candidate]) -> list[tuple[float, int, int]]:
+    """(chance, - depth, sequence) of every draft: of a line the earlier ones sort before the later ones."""
+    return [
+        (chance, -depth, candidate.seq_id)
+        for candidate in candidates
+        for depth, chance in enumerate(candidate.chances)
+    ]
