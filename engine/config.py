@@ -8,6 +8,8 @@ from scheduler.config import SchedulerConfig
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DECODING_METHODS = ("autoregressive", "speculative")
+DRAFTERS = ("auto", "prompt_lookup", "past_outputs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,5 +59,24 @@ class EngineConfig:
             "help": "what steps cost: empty = measured at the first start and kept; measure = measured anew; "
             "else a machine file, as in configs/machines"
         },
+    )
+    decoding: str = field(
+        default="autoregressive",
+        metadata={
+            "help": "how requests are decoded that do not say: autoregressive, or speculative, which gives "
+            "the same text in fewer steps where drafts pay",
+            "choices": DECODING_METHODS,
+        },
+    )
+    drafter: str = field(
+        default="auto",
+        metadata={
+            "help": "who drafts for requests that do not say: auto (whichever is expected to gain most), "
+            "prompt_lookup (the request's own text), past_outputs (earlier answers)",
+            "choices": DRAFTERS,
+        },
+    )
+    max_draft_tokens: int = field(
+        default=0, metadata={"help": "drafts per sequence and step; 0 = as many as pay", "min": 0}
     )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from engine.decoding import METHODS
@@ -18,8 +19,9 @@ from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
+    from engine.messages import Verified
     from engine.tiers.copier import Copier
     from scheduler.plan import Tier
     from scheduler.scheduler import Scheduler
@@ -105,9 +107,9 @@ class EngineCore:
             num_prompt_tokens = sum(self._new_prompt_tokens(piece) for piece in plan.slices)
             self._announce(plan)
             outcomes = self._execute(plan)
-            self.speculation.learn(plan, [outcome.advance for outcome in outcomes])
-            progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
-            self._collect(progress, outcomes)
+            advances = [outcome.advance for outcome in outcomes]
+            verified = self.speculation.learn(plan, advances)
+            self._collect(self.scheduler.apply(plan, advances), outcomes, verified)
         outputs, self._early = tuple(self._early), []
         stats, ratio = self.scheduler.stats(), self.step_times.ratio
         return StepOutput(outputs, stats, num_prompt_tokens, failed_copies, ratio)
@@ -163,10 +165,16 @@ class EngineCore:
             return tuple(Outcome(Advance(piece.seq_id, (), 0, error=cause)) for piece in plan.slices)
         return outcomes
 
-    def _collect(self, progress: Iterable[Progress], outcomes: Iterable[Outcome] = ()) -> None:
+    def _collect(
+        self,
+        progress: Iterable[Progress],
+        outcomes: Iterable[Outcome] = (),
+        verified: Mapping[int, Verified] = MappingProxyType({}),
+    ) -> None:
         by_sequence = {outcome.advance.seq_id: outcome for outcome in outcomes}
         for news in progress:
-            self._early.append(_output(news, by_sequence.pop(news.seq_id, None)))
+            outcome, drafts = by_sequence.pop(news.seq_id, None), verified.get(news.seq_id)
+            self._early.append(_output(news, outcome, drafts))
             if news.finish is not None:
                 self.runner.release(news.seq_id)
                 self.speculation.release(news.seq_id)
@@ -202,7 +210,7 @@ class EngineCore:
             raise RequestRefused(RefusalReason.INVALID, wrong)
 
 
-def _output(news: Progress, outcome: Outcome | None) -> SequenceOutput:
+def _output(news: Progress, outcome: Outcome | None, verified: Verified | None) -> SequenceOutput:
     logprobs = None
     if outcome is not None and outcome.logprobs is not None:
         logprobs = outcome.logprobs[: len(news.tokens)]
@@ -218,4 +226,5 @@ def _output(news: Progress, outcome: Outcome | None) -> SequenceOutput:
         prompt_logprobs=outcome.prompt_logprobs if outcome is not None else None,
         num_cached=news.num_cached,
         first_scheduled_s=news.first_scheduled_s,
+        verified=verified,
     )

@@ -54,6 +54,14 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...]  # the most likely tokens, best first
 
 
+class Verified(NamedTuple):
+    """A line of drafts that the target has judged: its first `num_accepted` tokens stood."""
+
+    drafter: str
+    num_drafts: int
+    num_accepted: int
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """News of one sequence. `finish` is set exactly once per sequence, in its last output."""
 
@@ -71,6 +79,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0  # prompt tokens served from the prefix cache
     first_scheduled_s: float | None = None  # monotonic clock; None while it waits
+    verified: Verified | None = None  # the drafts of this step, if it had any
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True, gc=False):

@@ -10,12 +10,13 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from msgspec import UNSET
 from starlette.responses import Response
 
 from server.errors import INTERNAL, ApiError
 from server.logs import logger
 from server.streams import Delta
-from server.wire.responses import CachedTokens, Usage, encode
+from server.wire.responses import CachedTokens, PredictedTokens, Usage, encode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -147,6 +148,12 @@ def usage_of(generation: Generation) -> Usage:
         completion_tokens=output,
         total_tokens=prompt + output,
         prompt_tokens_details=CachedTokens(cached_tokens=generation.num_cached),
+        completion_tokens_details=PredictedTokens(
+            accepted_prediction_tokens=generation.num_accepted,
+            rejected_prediction_tokens=generation.num_drafts - generation.num_accepted,
+        )
+        if generation.reports_drafts
+        else UNSET,
     )
 
 

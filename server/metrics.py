@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from scheduler.plan import Tier
 from server.scheduler_metrics import SchedulerMetrics
+from server.spec_decode_metrics import SpecDecodeMetrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,7 @@ class Metrics:
         self._ready: Ready | None = None
         self.scheduler = SchedulerMetrics(model_name)
         self.registry.register(self.scheduler)
+        self._spec_decode = SpecDecodeMetrics(model_name, self.registry)
         self._make_counters()
         self._make_token_histograms()
         self._make_time_histograms()
@@ -152,6 +154,8 @@ class Metrics:
         now = self._clock()
         for output in step.outputs:
             self._observe_output(output, now)
+            if output.verified is not None:
+                self._spec_decode.count(output.verified)
         tokens = step.num_prompt_tokens + sum(len(output.tokens) for output in step.outputs)
         if tokens:
             self._iteration_tokens.observe(tokens)

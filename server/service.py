@@ -8,13 +8,14 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from engine.config import DRAFTERS
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
 from server.chat_templates import check_named_file, load_templates
-from server.errors import ApiError, unavailable
+from server.errors import ApiError, invalid, unavailable
 from server.generation_defaults import GenerationDefaults, generation_defaults
 from server.metrics import Metrics
 from server.prompt import TemplateError, TemplateUnavailable
@@ -26,6 +27,7 @@ from server.tenants import TenantLimits
 from server.text_threads import TextThreads
 from server.tokenizer import Tokenizer
 from server.version import octavo_version
+from server.wire.decoding import DecodingFields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +62,14 @@ class Job:
     logprobs: int | None
     prompt_logprobs: int | None = None
     discard_output: bool = False
+
+
+class _Decoding(TypedDict):
+    """Of `Request`."""
+
+    method: str
+    drafter: str
+    max_draft_tokens: int
 
 
 @dataclass
@@ -172,6 +182,7 @@ class Service:
                 metrics=self.metrics,
                 ticket=ticket,
                 keep_text=self.config.server.log_prompts,
+                reports_drafts=bool(job.body.decoding and job.body.decoding.report),
             )
         except BaseException:
             ticket.close()
@@ -233,9 +244,20 @@ class Service:
                     priority=body.priority or 0,
                     tenant=job.tenant,
                     cache_salt=body.cache_salt or "",
+                    **self._decoding(body),
                 )
             )
         return requests
+
+    def _decoding(self, body: GenerationFields) -> _Decoding:
+        asked, engine = body.decoding or DecodingFields(), self.config.engine
+        if asked.drafter is not None and asked.drafter not in DRAFTERS:
+            raise invalid(f"must be one of {', '.join(DRAFTERS)}", "decoding.drafter")
+        return _Decoding(
+            method=asked.method or engine.decoding,
+            drafter=asked.drafter or engine.drafter,
+            max_draft_tokens=asked.max_draft_tokens or engine.max_draft_tokens,
+        )
 
     def _deadline_s(self, arrival_s: float, asked_s: float | None) -> float | None:
         waits = [wait for wait in (self.config.server.request_timeout_s, asked_s) if wait]

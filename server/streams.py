@@ -168,6 +168,7 @@ class Generation:
         metrics: Metrics,
         ticket: Ticket,
         keep_text: bool = False,
+        reports_drafts: bool = False,
     ) -> None:
         self.requests = requests
         self.num_choices = requests[0].num_choices
@@ -176,6 +177,8 @@ class Generation:
         ]
         self.prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
         self.num_cached = 0
+        self.reports_drafts = reports_drafts
+        self.num_drafts = self.num_accepted = 0
         self.texts: dict[int, str] = {}  # what each choice said, if it shall be kept for the log
         self._keep_text = keep_text
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
@@ -200,6 +203,9 @@ class Generation:
         index = number * self.num_choices + output.index
         if output.prompt_logprobs:
             self.prompt_logprobs[number].extend(output.prompt_logprobs)
+        if output.verified is not None:
+            self.num_drafts += output.verified.num_drafts
+            self.num_accepted += output.verified.num_accepted
         if output.tokens and number not in self._cached_known:
             self._cached_known.add(number)
             self.num_cached += output.num_cached

@@ -8,12 +8,12 @@ and after the step, what was accepted teaches the chances, and the step's time t
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting import AUTO, DRAFTERS
 from engine.drafting.acceptance import Acceptance
 from engine.drafting.guess import NO_GUESS, Guess
+from engine.messages import Verified
 from scheduler.speculation import Candidate, grant
 from scheduler.types import Window
 
@@ -38,23 +38,12 @@ class Offer(NamedTuple):
     tokens: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class DrafterCounts:
-    """Since the start; names and meanings of vLLM's counters."""
-
-    num_drafts: int = 0  # lines that were verified
-    num_draft_tokens: int = 0
-    num_accepted_tokens: int = 0
-    accepted_per_place: list[int] = field(default_factory=lambda: [0] * MAX_LINE)
-
-
 class Speculation:
     def __init__(self, scheduler: Scheduler, costs: DraftCosts) -> None:
         self.scheduler = scheduler
         self.costs = costs
         self.drafters: dict[str, Drafter] = {name: make() for name, make in DRAFTERS.items()}
         self.acceptance = Acceptance()
-        self.counts = {name: DrafterCounts() for name in DRAFTERS}
         self.draft_s = 0.0  # spent on guessing, since the start
         self._offers: dict[int, Offer] = {}
         self._met: dict[int, Sequence] = {}  # those that ever could have used drafts, while they live
@@ -79,8 +68,11 @@ class Speculation:
             self.scheduler.offer(seq_id, Window(tokens, tuple(range(count)), optional=True))
         self.draft_s += time.perf_counter() - begun_s
 
-    def learn(self, plan: StepPlan, advances: Iterable[Advance]) -> None:
-        """After a step and before its advances are applied."""
+    def learn(self, plan: StepPlan, advances: Iterable[Advance]) -> dict[int, Verified]:
+        """After a step: what became of its drafts, by sequence."""
+        verified: dict[int, Verified] = {}
+        if not self._offers:
+            return verified
         pieces = {piece.seq_id: piece for piece in plan.slices}
         for advance in advances:
             offer = self._offers.pop(advance.seq_id, None)
@@ -88,12 +80,8 @@ class Speculation:
                 continue
             accepted = max(0, len(advance.committed) - 1)
             self.acceptance.note(advance.seq_id, offer.drafter, offer.evidence, len(offer.tokens), accepted)
-            counts = self.counts[offer.drafter]
-            counts.num_drafts += 1
-            counts.num_draft_tokens += len(offer.tokens)
-            counts.num_accepted_tokens += accepted
-            for place in range(accepted):
-                counts.accepted_per_place[place] += 1
+            verified[advance.seq_id] = Verified(offer.drafter, len(offer.tokens), accepted)
+        return verified
 
     def release(self, seq_id: int) -> None:
         """The sequence has ended; its tokens are final."""

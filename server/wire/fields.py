@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from server.wire.body import WireModel
+from server.wire.decoding import DecodingFields  # noqa: TC001 (pydantic reads the annotations)
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
@@ -67,3 +68,4 @@ class GenerationFields(WireModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     return_token_ids: bool | None = None
+    decoding: DecodingFields | None = None

@@ -21,11 +21,19 @@ class CachedTokens(Answer, kw_only=True):
     cached_tokens: int
 
 
+class PredictedTokens(Answer, kw_only=True):
+    """Of speculative decoding: drafts that stood, and drafts that did not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(Answer, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens | UnsetType = UNSET
 
 
 # One entry per prompt token, the first null: token id -> {"logprob", "rank", "decoded_token"}

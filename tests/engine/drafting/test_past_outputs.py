@@ -1,0 +1,44 @@
+"""What the server said before: found again, never across salts, never beyond its bound."""
+
+from __future__ import annotations
+
+from engine.drafting.past_outputs import PastOutputs
+from scheduler.types import Request, Sequence
+
+
+def sequence(prompt: list[int], output: list[int], salt: str = "", number: int = 0) -> Sequence:
+    request = Request(request_id=f"r{number}", prompt_ids=tuple(prompt), sampling=None, cache_salt=salt)  # type: ignore[arg-type]
+    return Sequence(number, request, 0, [*prompt, *output])
+
+
+def test_an_answer_is_guessed_again_from_the_end_of_its_prompt_on():
+    past = PastOutputs()
+    past.release(sequence([1, 2, 3, 4, 5], [10, 11, 12, 13]))
+    assert past.guess(sequence([9, 9, 4, 5], []), 3).tokens == (10, 11, 12)
+    assert past.guess(sequence([8], [10, 11]), 9).tokens == (12, 13)
+
+
+def test_a_guess_never_runs_into_another_answer():
+    past = PastOutputs()
+    past.release(sequence([1], [10, 11]))
+    past.release(sequence([2], [20, 21]))
+    assert past.guess(sequence([3], [10]), 9).tokens == (11,)
+
+
+def test_nothing_is_found_under_another_salt():
+    past = PastOutputs()
+    past.release(sequence([1, 2], [10, 11, 12], salt="a"))
+    assert past.guess(sequence([1, 2], [], salt="b"), 3).tokens == ()
+    assert past.guess(sequence([1, 2], []), 3).tokens == ()
+    assert past.guess(sequence([1, 2], [], salt="a"), 3).tokens == (10, 11, 12)
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first():
+    past = PastOutputs(max_tokens=400)
+    for number in range(100):
+        past.release(sequence([0], [1000 + number * 20 + k for k in range(20)], salt=f"s{number % 3}"))
+        assert past.num_tokens <= 400
+        kept = sum(len(index.tokens) for halves in past._stores.values() for index in halves)
+        assert kept == past.num_tokens
+    assert past.guess(sequence([0], [1000 + 99 * 20], salt="s0"), 1).tokens
+    assert not past.guess(sequence([0], [1000], salt="s0"), 1).tokens
