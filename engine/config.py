@@ -9,7 +9,7 @@ from scheduler.config import SchedulerConfig
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DECODING_METHODS = ("autoregressive", "speculative")
-DRAFTERS = ("auto", "prompt_lookup", "past_outputs")
+DRAFTERS = ("auto", "prompt_lookup", "past_outputs", "recycling", "lookahead")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,8 @@ class EngineConfig:
         default="auto",
         metadata={
             "help": "who drafts for requests that do not say: auto (whichever is expected to gain most), "
-            "prompt_lookup (the request's own text), past_outputs (earlier answers)",
+            "prompt_lookup (the request's own text), past_outputs (earlier answers), "
+            "recycling (what followed a token last), lookahead (Jacobi iterations)",
             "choices": DRAFTERS,
         },
     )

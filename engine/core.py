@@ -44,9 +44,8 @@ class EngineCore:
         # Hears of requests before anything of them is computed.
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
         self.step_times = StepTimes(scheduler.costs)
-        self.speculation = Speculation(
-            scheduler, DraftCosts(scheduler.costs, runner.batches.ops.row_multiple)
-        )
+        draft_costs = DraftCosts(scheduler.costs, runner.batches.ops.row_multiple)
+        self.speculation = Speculation(scheduler, draft_costs, vocab_size)
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
         self._waits_for_copies = False
@@ -107,9 +106,9 @@ class EngineCore:
             num_prompt_tokens = sum(self._new_prompt_tokens(piece) for piece in plan.slices)
             self._announce(plan)
             outcomes = self._execute(plan)
-            advances = [outcome.advance for outcome in outcomes]
-            verified = self.speculation.learn(plan, advances)
-            self._collect(self.scheduler.apply(plan, advances), outcomes, verified)
+            verified = self.speculation.learn(plan, outcomes)
+            progress = self.scheduler.apply(plan, [outcome.advance for outcome in outcomes])
+            self._collect(progress, outcomes, verified)
         outputs, self._early = tuple(self._early), []
         stats, ratio = self.scheduler.stats(), self.step_times.ratio
         return StepOutput(outputs, stats, num_prompt_tokens, failed_copies, ratio)

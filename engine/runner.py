@@ -28,6 +28,7 @@ class Outcome(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per committed token
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     refused: bool = False  # with an error: the request is at fault
+    drawn: tuple[int, ...] = ()  # the target's own sample after each of the slice's last rows
 
 
 class _Work(NamedTuple):
@@ -131,7 +132,7 @@ class Runner:
             num_valid=known + decision.num_window_kept,
             window=self._bounded(sequence, decision),
         )
-        return Outcome(advance, _logprobs(sequence, draws, decision), scored)
+        return Outcome(advance, _logprobs(sequence, draws, decision), scored, drawn=tokens)
 
     def _method(self, sequence: Sequence) -> DecodingMethod:
         method = self.methods.get(sequence.seq_id)

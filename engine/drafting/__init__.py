@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.drafting.lookahead import Lookahead
 from engine.drafting.past_outputs import PastOutputs
 from engine.drafting.prompt_lookup import PromptLookup
+from engine.drafting.recycling import Recycling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"  # whichever is expected to guess most
 
-DRAFTERS: dict[str, Callable[[], Drafter]] = {
-    "prompt_lookup": PromptLookup,
-    "past_outputs": PastOutputs,
+DRAFTERS: dict[str, Callable[[int], Drafter]] = {  # of a vocabulary's size
+    "prompt_lookup": lambda _: PromptLookup(),
+    "past_outputs": lambda _: PastOutputs(),
+    "recycling": Recycling,
+    "lookahead": lambda _: Lookahead(),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
     from scheduler.types import Sequence
 
 
@@ -24,6 +26,12 @@ class Drafter(Protocol):
 
     def guess(self, sequence: Sequence, limit: int) -> Guess:
         """At most `limit` tokens after the sequence's committed ones; it may have none."""
+        ...
+
+    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
+        """A step has computed the last committed token and then drafts (`computed`), whoever guessed them;
+        `drawn[k]` is what the target says after `computed[k]`, if those before it were right. The sequence
+        is as it was before."""
         ...
 
     def release(self, sequence: Sequence) -> None:

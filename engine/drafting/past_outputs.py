@@ -13,6 +13,8 @@ from engine.drafting.guess import NO_GUESS
 from engine.drafting.ngrams import NgramIndex
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
     from engine.drafting.guess import Guess
     from scheduler.types import Sequence
 
@@ -33,6 +35,9 @@ class PastOutputs:
                 best = found
         cut = best.tokens.index(SEPARATOR) if SEPARATOR in best.tokens else len(best.tokens)
         return best._replace(tokens=best.tokens[:cut])
+
+    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
+        """Committed tokens say all."""
 
     def release(self, sequence: Sequence) -> None:
         output = sequence.tokens[sequence.prompt_len :]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from engine.drafting.ngrams import NgramIndex
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
     from engine.drafting.guess import Guess
     from scheduler.types import Sequence
 
@@ -21,6 +23,9 @@ class PromptLookup:
             index = self._indices[sequence.seq_id] = NgramIndex()
         index.extend(sequence.tokens[len(index.tokens) :])
         return index.guess(index.tokens, limit)
+
+    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
+        """Committed tokens say all."""
 
     def release(self, sequence: Sequence) -> None:
         self._indices.pop(sequence.seq_id, None)

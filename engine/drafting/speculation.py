@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from engine.drafting.costs import DraftCosts
     from engine.drafting.guess import Drafter
-    from scheduler.plan import Advance, StepPlan
+    from engine.runner import Outcome
+    from scheduler.plan import StepPlan
     from scheduler.scheduler import Scheduler
     from scheduler.types import Sequence
 
@@ -39,10 +40,10 @@ class Offer(NamedTuple):
 
 
 class Speculation:
-    def __init__(self, scheduler: Scheduler, costs: DraftCosts) -> None:
+    def __init__(self, scheduler: Scheduler, costs: DraftCosts, vocab_size: int) -> None:
         self.scheduler = scheduler
         self.costs = costs
-        self.drafters: dict[str, Drafter] = {name: make() for name, make in DRAFTERS.items()}
+        self.drafters: dict[str, Drafter] = {name: make(vocab_size) for name, make in DRAFTERS.items()}
         self.acceptance = Acceptance()
         self.draft_s = 0.0  # spent on guessing, since the start
         self._offers: dict[int, Offer] = {}
@@ -68,19 +69,26 @@ class Speculation:
             self.scheduler.offer(seq_id, Window(tokens, tuple(range(count)), optional=True))
         self.draft_s += time.perf_counter() - begun_s
 
-    def learn(self, plan: StepPlan, advances: Iterable[Advance]) -> dict[int, Verified]:
-        """After a step: what became of its drafts, by sequence."""
+    def learn(self, plan: StepPlan, outcomes: Iterable[Outcome]) -> dict[int, Verified]:
+        """After a step, before its advances are applied: what became of its drafts, by sequence."""
         verified: dict[int, Verified] = {}
-        if not self._offers:
+        if not self._met:
             return verified
         pieces = {piece.seq_id: piece for piece in plan.slices}
-        for advance in advances:
-            offer = self._offers.pop(advance.seq_id, None)
-            if offer is None or not pieces[advance.seq_id].num_window or advance.error is not None:
+        for outcome in outcomes:
+            advance, drawn = outcome.advance, outcome.drawn
+            sequence = self._met.get(advance.seq_id)
+            if sequence is None or not drawn:
                 continue
-            accepted = max(0, len(advance.committed) - 1)
-            self.acceptance.note(advance.seq_id, offer.drafter, offer.evidence, len(offer.tokens), accepted)
-            verified[advance.seq_id] = Verified(offer.drafter, len(offer.tokens), accepted)
+            piece = pieces[advance.seq_id]
+            for drafter in self.drafters.values():
+                drafter.observe(sequence, piece.tokens[-len(drawn) :], drawn)
+            offer = self._offers.pop(advance.seq_id, None) if piece.num_window else None
+            if offer is not None:
+                accepted = len(advance.committed) - 1
+                num_drafts = len(offer.tokens)
+                self.acceptance.note(advance.seq_id, offer.drafter, offer.evidence, num_drafts, accepted)
+                verified[advance.seq_id] = Verified(offer.drafter, num_drafts, accepted)
         return verified
 
     def release(self, seq_id: int) -> None:
