@@ -30,6 +30,7 @@ class DraftCosts:
         self.costs = costs
         self.row_block = row_block
         self.scale = 1.0
+        self._num_plain = 0
         self._block_s = costs.token_s * row_block
         self._draft_s = costs.token_s * FIRST_DRAFT_SHARE
         self._moments = [0.0] * 5  # of blocks b, drafts d, excess e: sums of bb, bd, dd, be, de
@@ -63,7 +64,9 @@ class DraftCosts:
         if seconds > OUTLIER * self.scale * predicted_s + drafts * self._block_s:
             return
         if not drafts:
-            self.scale += NEWEST_SHARE * (seconds / predicted_s - self.scale)
+            self._num_plain += 1
+            self.scale += max(NEWEST_SHARE, 1 / self._num_plain) * (seconds / predicted_s - self.scale)
+            self._fit(0, 0, 0.0)
             return
         rows = len(plan.slices)
         blocks = -(-(rows + drafts) // self.row_block) - -(-rows // self.row_block)
@@ -74,10 +77,9 @@ class DraftCosts:
         self._moments = [old * FORGETTING + one for old, one in zip(self._moments, new, strict=True)]
         bb, bd, dd, be, de = self._moments
         # Towards the first estimate, as if `PRIOR_STEPS` steps had measured just that.
-        first_block_s = self.costs.token_s * self.row_block
-        first_draft_s = self.costs.token_s * FIRST_DRAFT_SHARE
-        bb, be = bb + PRIOR_STEPS, be + PRIOR_STEPS * first_block_s
-        dd, de = dd + PRIOR_STEPS * 4, de + PRIOR_STEPS * 4 * first_draft_s
+        token_s = self.scale * self.costs.token_s
+        bb, be = bb + PRIOR_STEPS, be + PRIOR_STEPS * token_s * self.row_block
+        dd, de = dd + PRIOR_STEPS * 4, de + PRIOR_STEPS * 4 * token_s * FIRST_DRAFT_SHARE
         determinant = bb * dd - bd * bd
         self._block_s = max(0.0, (be * dd - de * bd) / determinant)
         self._draft_s = max(0.0, (bb * de - bd * be) / determinant)
