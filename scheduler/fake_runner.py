@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scheduler.types import Request, Sequence
 
 VOCABULARY = 40
-METHODS = ("autoregressive", "line", "tree", "block")
+METHODS = ("autoregressive", "drafts", "line", "tree", "block")
 
 
 def true_token(request: Request, index: int, place: int) -> int:
@@ -213,20 +213,37 @@ class FakeRunner:
             return Advance(piece.seq_id, (), num_known, filled)
         return Advance(piece.seq_id, true_block, len(piece.tokens), self._window(sequence, len(true_block)))
 
+    def offer_drafts(self) -> int:
+        """Guesses for some of those that can use them, also more than there is room for. -> how many"""
+        drafts = 0
+        for sequence in self._scheduler.draftable("drafts"):
+            size = min(self._rng.randint(0, 12), self._scheduler.most_drafts(sequence))
+            if size > 0:
+                tokens = self._drafts(sequence, sequence.num_output, size)
+                self._scheduler.offer(
+                    sequence.seq_id, Window(tuple(tokens), tuple(range(size)), optional=True)
+                )
+                drafts += size
+        return drafts
+
+    def _drafts(self, sequence: Sequence, place: int, size: int) -> list[int]:
+        tokens = [true_token(sequence.request, sequence.index, place + k) for k in range(size)]
+        if size and self._rng.random() < 0.6:
+            tokens[self._rng.randrange(size)] = VOCABULARY + 1  # a draft that is never right
+        return tokens
+
     def _window(self, sequence: Sequence, num_committed: int) -> Window:
         """The next window of a sequence that is about to commit; it keeps within all limits."""
         request, place = sequence.request, sequence.num_output + num_committed
         limit = max_tokens_of(request, self._scheduler.max_model_len)
         room = limit - len(sequence.tokens) - num_committed
         size = min(room, self._scheduler.config.max_num_batched_tokens - 1, 6)
-        if request.method == "autoregressive" or size < 1:
+        if request.method in ("autoregressive", "drafts") or size < 1:
             return EMPTY_WINDOW
         if request.method == "block":
             return Window((VOCABULARY,) * size, tuple(range(size)), Visibility.ALL)
-        size = self._rng.randint(0, size)
-        tokens = [true_token(request, sequence.index, place + k) for k in range(size)]
-        if size and self._rng.random() < 0.6:
-            tokens[self._rng.randrange(size)] = VOCABULARY + 1  # a draft that is never right
+        tokens = self._drafts(sequence, place, self._rng.randint(0, size))
+        size = len(tokens)
         if request.method == "tree" and size > 1:
             # A path of size - 1 tokens, and one rival of its first token.
             tokens[-1] = VOCABULARY + 2

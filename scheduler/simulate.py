@@ -133,6 +133,7 @@ class Simulation:
         self._receive(scheduler.expire())
         running = set(scheduler._places.running)
         waiting = {piece.seq_id for piece in scheduler._places.waiting}
+        self._totals["drafts"] += self._runner.offer_drafts()
         plan = scheduler.plan()
         idle = not scheduler._sequences or scheduler._tiers.in_flight
         assert plan.slices or idle, "sequences are alive, and none computes"
