@@ -103,6 +103,16 @@ def test_text_does_not_depend_on_company_chunks_or_preemption(settings, ids, alo
         assert core.scheduler.stats().num_preemptions > 0
 
 
+def test_text_does_not_depend_on_drafts(ids, alone):
+    core = engine(max_num_seqs=16)
+    for name in ("r", "again"):  # the second time from what was said the first time, above all
+        asked = [request(name, ids[16], method="speculative", **SAMPLED), *others(ids, 5)]
+        steps = core.scheduler._num_steps
+        heard = run(core, *asked, checked=False)
+        assert heard[name, 0].tokens == alone
+    assert core.scheduler._num_steps - steps < len(alone), "no draft was ever accepted"
+
+
 def test_text_does_not_depend_on_the_prefix_cache(ids, alone):
     core = engine()
     for _ in range(2):

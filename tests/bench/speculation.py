@@ -1,0 +1,138 @@
+"""Tokens per step and speed of speculative decoding against plain decoding, on the default model.
+
+    python -m tests.bench.speculation [--concurrency 1,4,16,32] [--drafters auto,prompt_lookup] [--rounds 2]
+
+Three kinds of work, three prompts each, greedy, 96 tokens; plain and speculative alternate, in one process,
+each time under a salt of its own, so that neither finds the other's pages or answers. Speed is the ratio of the
+times of a whole round, prompts included: the median over the rounds, with the least and the most. Every pair of
+texts is compared, and one that differs ends the benchmark. Clients of a round ask the same and share its prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+
+from engine.building import build_engine
+from engine.checkpoint import locate
+from engine.config import DRAFTERS, EngineConfig
+from engine.core import EngineCore
+from engine.messages import Submit
+from scheduler.types import Request, SamplingParams
+from server.tokenizer import Tokenizer
+
+NUM_TOKENS = 96
+LETTER = (
+    "Dear Mr. Novak, thank you for your order of the 3rd of March. We are sorry to say that the blue garden "
+    "chairs are out of stock until the end of April. We can send you the green ones at the same price, or keep "
+    "your order until the blue ones arrive. The table and the two lamps will be delivered on Tuesday between "
+    "nine and eleven."
+)
+FUNCTION = """def area(shape):
+    if shape.kind == "circle":
+        return 3.14159 * shape.radius * shape.radius
+    if shape.kind == "square":
+        return shape.side * shape.side
+    if shape.kind == "rectangle":
+        return shape.width * shape.height
+    raise ValueError("unknown shape: " + shape.kind)"""
+KINDS = {
+    "copy": (
+        f"Repeat this letter word for word:\n{LETTER}",
+        f"Rewrite this letter, but with red chairs in place of the blue ones:\n{LETTER}",
+        f"Repeat this function exactly, with a comment above it:\n{FUNCTION}",
+    ),
+    "code": (
+        "Write a Python class for a bank account with the methods deposit, withdraw, transfer and balance.",
+        "Write a Python function that parses a CSV file into a list of dictionaries, and tests for it.",
+        "Write a small HTML page with a table of five countries, their capitals and their populations.",
+    ),
+    "chat": (
+        "Why is the sky blue? Explain it to a child.",
+        "Give me five ideas for a birthday party in the rain.",
+        "Tell me a short story about a lighthouse keeper and a whale.",
+    ),
+}
+
+
+@dataclass
+class Round:
+    texts: list[list[int]]
+    seconds: float
+    num_steps: int
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.core: EngineCore = build_engine(EngineConfig(state_folder="-")).core
+        tokenizer = Tokenizer.from_checkpoint(locate(""))
+        self.prompts = {
+            kind: [
+                tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", special=True)
+                for text in texts
+            ]
+            for kind, texts in KINDS.items()
+        }
+        self.numbers = itertools.count()
+
+    def round(self, kind: str, concurrency: int, method: str, drafter: str) -> Round:
+        """The kind's prompts in turn, each by so many clients at once."""
+        total = Round([], 0.0, 0)
+        for prompt in self.prompts[kind]:
+            salt = f"s{next(self.numbers)}"
+            requests = [
+                Request(
+                    request_id=f"r{next(self.numbers)}",
+                    prompt_ids=tuple(prompt),
+                    sampling=SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS),
+                    arrival_s=time.monotonic(),
+                    method=method,
+                    drafter=drafter,
+                    cache_salt=salt,
+                )
+                for _ in range(concurrency)
+            ]
+            texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
+            begun_s = time.perf_counter()
+            for request in requests:
+                self.core.handle(Submit(request))
+            while self.core.has_work:
+                for output in self.core.step().outputs:
+                    texts[output.request_id] += output.tokens
+                total.num_steps += 1
+            total.seconds += time.perf_counter() - begun_s
+            total.texts += texts.values()
+        return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--concurrency", default="1,4,16,32")
+    parser.add_argument("--drafters", default="auto", help=", ".join(DRAFTERS))
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    bench = Bench()
+    bench.round("chat", 1, "autoregressive", "auto")  # kernels and memory warm up
+    print(f"{'clients':>7} {'work':<5} {'drafter':<14} {'tokens/step':>11} {'speed':>6}   min   max")
+    for clients, drafter in itertools.product(
+        map(int, args.concurrency.split(",")), args.drafters.split(",")
+    ):
+        for kind in KINDS:
+            speeds = []
+            for _ in range(args.rounds):
+                plain = bench.round(kind, clients, "autoregressive", "auto")
+                drafted = bench.round(kind, clients, "speculative", drafter)
+                assert plain.texts == drafted.texts, f"{kind}: another text with {drafter}"
+                speeds.append(plain.seconds / drafted.seconds)
+            per_step = plain.num_steps / drafted.num_steps
+            spread = f"{statistics.median(speeds):>6.2f} {min(speeds):>5.2f} {max(speeds):>5.2f}"
+            print(f"{clients:>7} {kind:<5} {drafter:<14} {per_step:>11.2f} {spread}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
