@@ -2,10 +2,10 @@
 
     python -m tests.bench.speculation [--concurrency 1,4,16,32] [--drafters auto,prompt_lookup] [--rounds 2]
 
-Three kinds of work, three prompts each, greedy, 96 tokens; plain and speculative alternate, in one process,
-each time under a salt of its own, so that neither finds the other's pages or answers. Speed is the ratio of the
-times of a whole round, prompts included: the median over the rounds, with the least and the most. Every pair of
-texts is compared, and one that differs ends the benchmark. Clients of a round ask the same and share its prompt.
+Three kinds of work, three prompts each, greedy, 96 tokens. Plain and speculative alternate, in one process,
+each time under a salt of its own, so that neither finds the other's pages or answers; the clients of a round
+ask the same. Speed is the ratio of the times of a whole round, prompts included: the median over the rounds,
+with the least and the most. Texts are compared, and one that differs ends the benchmark.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from server.tokenizer import Tokenizer
 NUM_TOKENS = 96
 LETTER = (
     "Dear Mr. Novak, thank you for your order of the 3rd of March. We are sorry to say that the blue garden "
-    "chairs are out of stock until the end of April. We can send you the green ones at the same price, or keep "
-    "your order until the blue ones arrive. The table and the two lamps will be delivered on Tuesday between "
-    "nine and eleven."
+    "chairs are out of stock until the end of April. We can send you the green ones at the same price, or "
+    "keep your order until the blue ones arrive. The table and the two lamps will be delivered on Tuesday "
+    "between nine and eleven."
 )
 FUNCTION = """def area(shape):
     if shape.kind == "circle":
