@@ -163,13 +163,24 @@ class PageTables:
             sequence.num_pages_sent = min(sequence.num_pages_sent, keep)
 
     def forget(self, sequence: Sequence) -> None:
-        """Its numbers went wrong: what it alone computed is offered to nobody any more."""
-        for page in self.held(sequence.pages):
-            if self.pool.references[page] - self.tiers.num_reading(page) == 1:
-                key = self.pool.key_of.get(page)
-                self.pool.forget(page)
-                if key is not None and self.tiers.enabled:
-                    self.tiers.forget(key)
+        """Its numbers went wrong: what it alone computed is offered to nobody any more, in no tier; nor is
+        what it let go of behind a window, unless somebody else holds it now."""
+        num_full = sequence.num_findable // self.page_size * self.num_groups
+        for entry, page in enumerate(sequence.pages):
+            if page != NO_PAGE:
+                self._forget(page, self.pool.key_of.get(page), num_own=1)
+            elif entry < num_full:
+                key = self.key(sequence, entry)
+                self._forget(self.pool.find(key), key, num_own=0)
+
+    def _forget(self, page: int | None, key: bytes | None, num_own: int) -> None:
+        """Unless somebody holds the page beside copies in flight and the sequence itself (`num_own`)."""
+        if page is not None:
+            if self.pool.references[page] - self.tiers.num_reading(page) > num_own:
+                return
+            self.pool.forget(page)
+        if key is not None and self.tiers.enabled:
+            self.tiers.forget(key)
 
     def drop(self, sequence: Sequence) -> None:
         """Let go of every page; the full ones stay findable until their memory is needed."""

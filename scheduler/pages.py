@@ -89,11 +89,13 @@ class PagePool:
             self.key_of[page] = key
 
     def forget(self, page: int) -> None:
-        """Make the content of a held page unfindable, whether it was findable or not."""
-        assert self.references[page] > 0, "only a held page can be forgotten"
+        """Make the content of a held or cached page unfindable, whether it was findable or not."""
         key = self.key_of.pop(page, None)
         if key is not None:
             del self.page_of[key]
+        if page in self.cached:
+            del self.cached[page]
+            self.free.append(page)
 
     def find(self, key: bytes) -> int | None:
         return self.page_of.get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler.costs import CostModel
+from scheduler.plan import Advance
 from scheduler.refusal import RequestRefused
 from scheduler.spans import NO_PAGE, Spans
 from tests.scheduler.driver import Driver, line, request
@@ -166,4 +167,28 @@ def test_what_a_lower_tier_brings_is_the_window_alone() -> None:
     assert len(copies) == 8 + 2  # all that see everything, and the window
     driver.land()
     assert driver.step()["r.0"].start == 32
+    driver.finish()
+
+
+@pytest.mark.parametrize("host_pages", [0, 64])
+def test_what_lies_behind_the_window_of_one_that_went_wrong_is_offered_to_nobody(host_pages: int) -> None:
+    driver = Driver(spans=(6,), num_pages=32, max_num_batched_tokens=8, host_pages=host_pages)
+    prompt = tuple(range(40))
+    driver.add(request("other", prompt, max_tokens=20))
+    driver.step()
+    driver.add(request("bad", (*prompt[:4], *prompt[::-1]), max_tokens=20))
+    other, bad = driver.scheduler.sequence(0), driver.scheduler.sequence(1)
+    while bad.num_output < 1:
+        driver.land()
+        driver.step()
+    own = set(bad.page_keys) - set(other.page_keys)
+    pool, tiers = driver.scheduler._pool, driver.scheduler._tiers
+    tiers.put_aside(list(pool.cached), 0.0)
+    for _ in range(5):
+        driver.step()
+        driver.land()
+    assert sum(map(tiers.has, own)) == (9 if host_pages else 0)
+    driver.apply(driver.plan(), Advance(1, (), 0, error="not finite"))
+    assert not any(pool.find(key) is not None or tiers.has(key) for key in own)
+    assert any(page in pool.key_of for page in other.pages), "nobody else is harmed"
     driver.finish()
