@@ -191,15 +191,13 @@ class Planner:
         running, size = self._places.running, self._tables.page_size
         num_groups = self._tables.num_groups
         shares, left = self._share_tokens(ranked)
+        left = self._share_with_drafts(ranked, shares, left)
         slices = []
         for number, sequence in enumerate(ranked):
             share = shares[number]
             if not share or sequence.seq_id not in running:
                 continue
             fits = (sequence.num_computed + share) * num_groups <= len(sequence.pages) * size
-            if not fits and sequence.window.optional:
-                share = self._without_drafts_if_short(sequence, share)
-                fits = (sequence.num_computed + share) * num_groups <= len(sequence.pages) * size
             if fits or self._provide(ranked, number, share):
                 slices.append(make_slice(sequence, share))
         return slices, left
@@ -218,9 +216,7 @@ class Planner:
             known = len(sequence.tokens) - sequence.num_computed
             share = 0
             if known <= few:
-                share = known + len(sequence.window.tokens)
-                if share > left and sequence.window.optional:
-                    sequence.window, share = EMPTY_WINDOW, known
+                share = known if sequence.window.optional else known + len(sequence.window.tokens)
                 if share > left:
                     share = portion(sequence, left)
             else:
@@ -235,12 +231,26 @@ class Planner:
             shares[k] = share
         return shares, left
 
-    def _without_drafts_if_short(self, sequence: Sequence, share: int) -> int:
-        """Nobody gives up a page for a guess. -> the share, without its drafts if pages are short"""
-        if self._tables.missing(sequence, sequence.num_computed + share) <= self._tables.pool.available:
-            return share
-        drafts, sequence.window = len(sequence.window.tokens), EMPTY_WINDOW
-        return share - drafts
+    def _share_with_drafts(self, running: list[Sequence], shares: list[int], left: int) -> int:
+        """Drafts get tokens and pages that none of `running` needs, behind them or before; who gets none
+        computes without. -> what is left of the budget"""
+        drafting = [k for k, sequence in enumerate(running) if sequence.window.optional]
+        if not drafting:
+            return left
+        missing = self._tables.missing
+        lacked = [missing(one, one.num_computed + share) for one, share in zip(running, shares, strict=True)]
+        spare = max(0, self._tables.pool.available - sum(lacked))
+        for k in drafting:
+            sequence = running[k]
+            drafts = len(sequence.window.tokens)
+            pages = missing(sequence, sequence.num_computed + shares[k] + drafts) - lacked[k]
+            if not shares[k] or drafts > left or pages > spare:
+                sequence.window = EMPTY_WINDOW
+                continue
+            shares[k] += drafts
+            left -= drafts
+            spare -= pages
+        return left
 
     def _provide(self, ranked: list[Sequence], number: int, share: int) -> bool:
         """Pages for the next `share` tokens of one running sequence, if need be from somebody behind it.

@@ -58,6 +58,18 @@ def grant(candidates: SequenceOf[Candidate], economy: StepEconomy, max_drafts: i
     return granted
 
 
+def may_pay(economy: StepEconomy, max_drafts: int) -> bool:
+    """Whether drafts would pay if all of them stood: else nobody needs to guess. They are cheapest, each,
+    where a block ends: at the first end or, the more the more so or the less so, at the last."""
+    first = -economy.num_rows % economy.row_block
+    last = max_drafts - (max_drafts - first) % economy.row_block
+    return any(
+        count * economy.step_s > economy.num_committed * economy.added_s(count)
+        for count in (min(first, max_drafts), last, max_drafts)
+        if count > 0
+    )
+
+
 def _entries(candidates: Iterable[Candidate]) -> list[tuple[float, int, int]]:
     """(chance, - depth, sequence) of every draft: of a line the earlier ones sort before the later ones."""
     return [

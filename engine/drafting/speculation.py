@@ -14,7 +14,7 @@ from engine.drafting import AUTO, DRAFTERS
 from engine.drafting.acceptance import Acceptance
 from engine.drafting.guess import NO_GUESS, Guess
 from engine.messages import Verified
-from scheduler.speculation import Candidate, grant
+from scheduler.speculation import Candidate, grant, may_pay
 from scheduler.types import Window
 
 if TYPE_CHECKING:
@@ -56,18 +56,22 @@ class Speculation:
             return
         begun_s = time.perf_counter()
         self._met.update((sequence.seq_id, sequence) for sequence in ready)
+        room = self.scheduler.room_for_drafts()
+        if room:
+            self._offer_to(ready, room)
+        self.draft_s += time.perf_counter() - begun_s
+
+    def _offer_to(self, ready: list[Sequence], room: int) -> None:
+        economy = self.costs.economy(*self.scheduler.without_drafts())
+        if not may_pay(economy, min(room, MAX_LINE * len(ready))):
+            return
         guesses = {sequence.seq_id: self._best(sequence) for sequence in ready}
         candidates = [Candidate(seq_id, chances) for seq_id, (_, _, chances) in guesses.items() if chances]
-        granted = {}
-        if candidates:
-            economy = self.costs.economy(*self.scheduler.without_drafts())
-            granted = grant(candidates, economy, self.scheduler.room_for_drafts())
-        for seq_id, count in granted.items():
+        for seq_id, count in grant(candidates, economy, room).items():
             name, guess, _ = guesses[seq_id]
             tokens = guess.tokens[:count]
             self._offers[seq_id] = Offer(name, guess.evidence, tokens)
             self.scheduler.offer(seq_id, Window(tokens, tuple(range(count)), optional=True))
-        self.draft_s += time.perf_counter() - begun_s
 
     def learn(self, plan: StepPlan, outcomes: Iterable[Outcome]) -> dict[int, Verified]:
         """After a step, before its advances are applied: what became of its drafts, by sequence."""

@@ -7,7 +7,9 @@ import random
 
 import pytest
 
-from scheduler.speculation import Candidate, StepEconomy, grant
+from scheduler.speculation import Candidate, StepEconomy, grant, may_pay
+from scheduler.types import Window
+from tests.scheduler.driver import Driver, request
 
 
 def economy(**changes: float) -> StepEconomy:
@@ -73,3 +75,36 @@ def test_no_other_choice_of_prefixes_is_better(seed):
     )
     chosen = [chance for line in lines for chance in line.chances[: granted.get(line.seq_id, 0)]]
     assert rate(chosen, plan) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_drafts_may_pay_exactly_if_certain_ones_would_be_granted(seed):
+    rng = random.Random(seed)
+    plan = economy(
+        num_rows=rng.randrange(1, 20), num_committed=rng.randrange(1, 20),
+        block_s=rng.random() * 0.2, draft_s=rng.random() * 0.01,
+    )  # fmt: skip
+    most = rng.randrange(1, 30)
+    assert may_pay(plan, most) == bool(grant([Candidate(1, (1.0,) * most)], plan, most))
+
+
+def test_nothing_pays_where_steps_cost_nothing():
+    assert not may_pay(economy(step_s=0.0), 10)
+
+
+def test_nobody_behind_a_draft_goes_short_of_a_page_or_token_for_it():
+    def offered(num_drafts: int, **settings: int) -> dict[str, int]:
+        driver = Driver(**settings)
+        driver.add(request("a", 3, max_tokens=9, method="drafts"), request("b", 4, max_tokens=8))
+        driver.step()
+        [sequence] = driver.scheduler.draftable("drafts")
+        drafts = Window((7,) * num_drafts, tuple(range(num_drafts)), optional=True)
+        driver.scheduler.offer(sequence.seq_id, drafts)
+        plan = driver.plan()
+        assert not plan.preempted
+        assert driver.scheduler.stats().num_running == 2
+        return {driver.names[piece.seq_id]: len(piece.tokens) for piece in plan.slices}
+
+    assert offered(2, num_pages=4) == {"a.0": 3, "b.0": 1}
+    assert offered(6, num_pages=4) == {"a.0": 1, "b.0": 1}, "b needs one of the last pages"
+    assert offered(6, max_num_batched_tokens=7) == {"a.0": 1, "b.0": 1}, "b needs the last token"
