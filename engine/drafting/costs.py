@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine.step_times import LOOK_EVERY
 from scheduler.speculation import StepEconomy
 
 if TYPE_CHECKING:
@@ -57,16 +58,22 @@ class DraftCosts:
 
     def note(self, plan: StepPlan, seconds: float) -> None:
         """A step took so long. Those that compute prompts are not looked at: they drown what drafts add."""
+        drafts = sum(piece.num_window for piece in plan.slices)
+        if not drafts and plan.step % LOOK_EVERY:
+            return
         if any(len(piece.tokens) - piece.num_window != 1 for piece in plan.slices):
             return
-        drafts = sum(piece.num_window for piece in plan.slices)
         predicted_s = self.costs.step((piece.start, 1) for piece in plan.slices)
-        if seconds > OUTLIER * self.scale * predicted_s + drafts * self._block_s:
+        if predicted_s <= 0:  # a machine file may say so
             return
+        longest_s = OUTLIER * self.scale * predicted_s + drafts * self._block_s
         if not drafts:
             self._num_plain += 1
+            seconds = min(seconds, longest_s)  # it counts, or a machine that became slow would never be known
             self.scale += max(NEWEST_SHARE, 1 / self._num_plain) * (seconds / predicted_s - self.scale)
             self._fit(0, 0, 0.0)
+            return
+        if seconds > longest_s:
             return
         rows = len(plan.slices)
         blocks = -(-(rows + drafts) // self.row_block) - -(-rows // self.row_block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.drafting.past_outputs import PastOutputs
+from engine.drafting.prompt_lookup import PromptLookup
 from scheduler.types import Request, Sequence
 
 
@@ -42,3 +43,14 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
         assert kept == past.num_tokens
     assert past.guess(sequence([0], [1000 + 99 * 20], salt="s0"), 1).tokens
     assert not past.guess(sequence([0], [1000], salt="s0"), 1).tokens
+
+
+def test_prompts_are_indexed_while_there_is_room_and_again_when_others_have_ended():
+    lookup = PromptLookup(max_tokens=20)
+    first, second = (sequence([1, 2, 3, 4] * 3, [], number=number) for number in range(2))
+    assert lookup.guess(first, 2).tokens == (1, 2)
+    assert lookup.guess(second, 2).tokens == ()
+    lookup.release(second)
+    lookup.release(first)
+    assert lookup.num_tokens == 0
+    assert lookup.guess(second, 2).tokens == (1, 2)
