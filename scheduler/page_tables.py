@@ -215,9 +215,8 @@ class PageTables:
         if not spans.slide:
             return range(num_blocks * self.num_groups)
         first_seen = (0,) * spans.num_whole + tuple(num_blocks - behind for behind in spans.behind)
-        return [
-            number * self.num_groups + group
-            for number in range(num_blocks)
+        seen = [
+            range(max(0, first) * self.num_groups + group, num_blocks * self.num_groups, self.num_groups)
             for group, first in enumerate(first_seen)
-            if number >= first
-        ]
+        ]  # a long text has far more entries than are seen
+        return sorted(chain.from_iterable(seen))
