@@ -187,7 +187,8 @@ class Scheduler:
         """Drafts that fit into the next step beside what those who run want computed."""
         wanted = sum(one.num_tokens - one.num_computed for one in self._places.running.values())
         room = self.config.max_num_batched_tokens - wanted
-        return max(0, min(room, self._pool.available * self.config.page_size))
+        spare_blocks = self._pool.available // self._spans.num_groups
+        return max(0, min(room, spare_blocks * self.config.page_size))
 
     def most_drafts(self, sequence: Sequence) -> int:
         """Drafts that a sequence can use: one token is committed without any."""
