@@ -44,7 +44,7 @@ class EngineCore:
         # Hears of requests before anything of them is computed.
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
         self.step_times = StepTimes(scheduler.costs)
-        draft_costs = DraftCosts(scheduler.costs, runner.batches.ops.row_multiple)
+        draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
         self.speculation = Speculation(scheduler, draft_costs, vocab_size)
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0

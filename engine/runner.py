@@ -54,6 +54,11 @@ class Runner:
         self.methods: dict[int, DecodingMethod] = {}
         self.processors: dict[int, LogitsProcessor] = {}
 
+    @property
+    def row_multiple(self) -> int:
+        """Rows are computed in blocks of so many."""
+        return self.batches.ops.row_multiple
+
     def release(self, seq_id: int) -> None:
         self.methods.pop(seq_id, None)
         self.processors.pop(seq_id, None)

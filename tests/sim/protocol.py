@@ -103,6 +103,8 @@ class _Copies:
 class _Computing:
     """The runner's face, on a fake runner that knows every text; some steps raise."""
 
+    row_multiple = 8
+
     def __init__(self, world: Protocol, fake: FakeRunner, scheduler: Scheduler) -> None:
         self._world = world
         self._fake = fake
