@@ -1,7 +1,7 @@
 """Guesses from what the server has answered before: retries, agents and templates repeat one another.
 
 Outputs are kept by cache salt, so that nothing of one tenant shows in another's timing; in all at most
-`max_tokens`, oldest first out, whole halves of a salt's store at a time.
+`max_tokens` (about 0.8 KB each), oldest first out, a part of a salt's store at a time.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ SEPARATOR = -1  # no token: a guess never runs from one output into the next
 class PastOutputs:
     def __init__(self, max_tokens: int = 2**18) -> None:
         self.max_tokens = max_tokens
-        self._stores: OrderedDict[str, list[NgramIndex]] = OrderedDict()  # salt -> older half, newer half
+        self._stores: OrderedDict[str, list[NgramIndex]] = OrderedDict()  # salt -> parts, the newest last
         self.num_tokens = 0
 
     def guess(self, sequence: Sequence, limit: int) -> Guess:
         best = NO_GUESS
         for index in self._stores.get(sequence.request.cache_salt, ()):
-            found = index.guess(sequence.tokens, limit)
+            found = _within_one_output(index.guess(sequence.tokens, limit))
             if found.tokens and (not best.tokens or found.evidence >= best.evidence):
                 best = found
-        cut = best.tokens.index(SEPARATOR) if SEPARATOR in best.tokens else len(best.tokens)
-        return best._replace(tokens=best.tokens[:cut])
+        return best
 
     def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
         """Committed tokens say all."""
@@ -44,19 +43,25 @@ class PastOutputs:
         if not output:
             return
         salt = sequence.request.cache_salt
-        halves = self._stores.setdefault(salt, [NgramIndex()])
+        parts = self._stores.setdefault(salt, [NgramIndex()])
         self._stores.move_to_end(salt)
-        if len(halves[-1].tokens) > self.max_tokens // 4:
-            halves.append(NgramIndex())
-        before = len(halves[-1].tokens)
+        if len(parts[-1].tokens) > self.max_tokens // 4:
+            parts.append(NgramIndex())
+        before = len(parts[-1].tokens)
         # The end of the prompt leads to the first tokens of the answer.
-        halves[-1].extend([SEPARATOR, *sequence.tokens[max(0, sequence.prompt_len - 4) :]])
-        self.num_tokens += len(halves[-1].tokens) - before
+        parts[-1].extend([SEPARATOR, *sequence.tokens[max(0, sequence.prompt_len - 4) :]])
+        self.num_tokens += len(parts[-1].tokens) - before
         while self.num_tokens > self.max_tokens:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        salt, halves = next(iter(self._stores.items()))
-        self.num_tokens -= len(halves.pop(0).tokens)
-        if not halves:
+        salt, parts = next(iter(self._stores.items()))
+        self.num_tokens -= len(parts.pop(0).tokens)
+        if not parts:
             del self._stores[salt]
+
+
+def _within_one_output(guess: Guess) -> Guess:
+    if SEPARATOR not in guess.tokens:
+        return guess
+    return guess._replace(tokens=guess.tokens[: guess.tokens.index(SEPARATOR)])

@@ -7,7 +7,6 @@ and after the step, what was accepted teaches the chances, and the step's time t
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting import AUTO, DRAFTERS
@@ -45,7 +44,6 @@ class Speculation:
         self.costs = costs
         self.drafters: dict[str, Drafter] = {name: make(vocab_size) for name, make in DRAFTERS.items()}
         self.acceptance = Acceptance()
-        self.draft_s = 0.0  # spent on guessing, since the start
         self._offers: dict[int, Offer] = {}
         self._met: dict[int, Sequence] = {}  # those that ever could have used drafts, while they live
 
@@ -54,12 +52,10 @@ class Speculation:
         ready = self.scheduler.draftable(METHOD)
         if not ready:
             return
-        begun_s = time.perf_counter()
         self._met.update((sequence.seq_id, sequence) for sequence in ready)
         room = self.scheduler.room_for_drafts()
         if room:
             self._offer_to(ready, room)
-        self.draft_s += time.perf_counter() - begun_s
 
     def _offer_to(self, ready: list[Sequence], room: int) -> None:
         economy = self.costs.economy(*self.scheduler.without_drafts())

@@ -39,7 +39,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
     for number in range(100):
         past.release(sequence([0], [1000 + number * 20 + k for k in range(20)], salt=f"s{number % 3}"))
         assert past.num_tokens <= 400
-        kept = sum(len(index.tokens) for halves in past._stores.values() for index in halves)
+        kept = sum(len(index.tokens) for parts in past._stores.values() for index in parts)
         assert kept == past.num_tokens
     assert past.guess(sequence([0], [1000 + 99 * 20], salt="s0"), 1).tokens
     assert not past.guess(sequence([0], [1000], salt="s0"), 1).tokens
