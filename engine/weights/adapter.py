@@ -149,11 +149,7 @@ class Adapter:
         return self
 
     def __exit__(self, failure: object, *_: object) -> None:
-        try:
-            if failure is None:
-                self._files.check_unchanged()
-        finally:
-            self._files.close()
+        self._files.finish(failed=failure is not None)
 
 
 def _can_be_adapted(piece: Piece) -> bool:

@@ -93,6 +93,14 @@ class MappedFiles:
                     continue
             raise CheckpointError(f"{path}: was changed or removed while it was loaded: start again")
 
+    def finish(self, *, failed: bool) -> None:
+        """Close all. Raises CheckpointError where nothing has `failed`, but a file has changed meanwhile."""
+        try:
+            if not failed:
+                self.check_unchanged()
+        finally:
+            self.close()
+
     def close(self) -> None:
         for data in self._maps.values():
             with suppress(BufferError):  # after a failure a tensor may still look at it and keeps it

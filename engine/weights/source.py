@@ -94,8 +94,4 @@ class WeightSource:
         return self
 
     def __exit__(self, failure: object, *_: object) -> None:
-        try:
-            if failure is None:
-                self._files.check_unchanged()
-        finally:
-            self._files.close()
+        self._files.finish(failed=failure is not None)
