@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from server import vocabulary
+from engine import vocabulary
+from engine.vocabulary.document import library_errors
+from engine.vocabulary.token_bytes import Spelling, TokenBytes
 from server.special_text import SpecialFinder, SpecialTexts, scalar_values
-from server.token_bytes import Spelling, TokenBytes
-from server.vocabulary.document import library_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from engine.checkpoint import Checkpoint
-    from server.vocabulary import Vocabulary
+    from engine.vocabulary import Vocabulary
 
 _LINE = "\n"  # no vocabulary merges it with the letters that follow
 

@@ -7,9 +7,9 @@ import time
 from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
+from engine.vocabulary import Vocabulary
 from server.special_text import FreeCharacters, SpecialTextMask, SpecialTexts
 from server.tokenizer import Tokenizer
-from server.vocabulary import Vocabulary
 
 
 def test_the_leftmost_and_then_the_longest_is_found() -> None:

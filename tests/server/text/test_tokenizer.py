@@ -15,10 +15,10 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from engine.checkpoint import CheckpointError, locate
+from engine.vocabulary import sentencepiece
+from engine.vocabulary.document import build
+from engine.vocabulary.sentencepiece import Piece, PieceType, Rules
 from server.tokenizer import Tokenizer
-from server.vocabulary import sentencepiece
-from server.vocabulary.document import build
-from server.vocabulary.sentencepiece import Piece, PieceType, Rules
 
 VECTORS = Path(os.environ.get("OCTAVO_VECTORS", Path(__file__).parents[4] / "shared" / "vectors"))
 END = 2  # <|im_end|>

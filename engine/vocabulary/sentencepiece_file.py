@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import CheckpointError
-from server.vocabulary.sentencepiece import SPACE, Piece, PieceType, Rules
+from engine.vocabulary.sentencepiece import SPACE, Piece, PieceType, Rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from server.vocabulary import sentencepiece, words
+from engine.vocabulary import sentencepiece, words
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from server.vocabulary.document import Document
+    from engine.vocabulary.document import Document
 
 Step = dict[str, Any]  # a pre-tokeniser as tokenizer.json writes it
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import CheckpointError
-from server import byte_level
+from engine.vocabulary import byte_level
+from engine.vocabulary.gguf import from_gguf
 from server.tokenizer import Tokenizer
-from server.vocabulary.gguf import from_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ALPHABET = [*byte_level._BYTE_OF]

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import CheckpointError
+from engine.vocabulary import folder, scored_merges, sentencepiece, sentencepiece_file
+from engine.vocabulary.sentencepiece import Piece, PieceType, Rules
 from server.detokenizer import IncrementalDetokenizer
 from server.tokenizer import Tokenizer
-from server.vocabulary import folder, scored_merges, sentencepiece, sentencepiece_file
-from server.vocabulary.sentencepiece import Piece, PieceType, Rules
 from tests.server.text.awkward import cuts
 
 VECTORS = Path(__file__).parent / "vectors"

@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import CheckpointError
-from server.vocabulary.document import Vocabulary
-from server.vocabulary.folder import from_folder
-from server.vocabulary.gguf import from_gguf
+from engine.vocabulary.document import Vocabulary
+from engine.vocabulary.folder import from_folder
+from engine.vocabulary.gguf import from_gguf
 
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint

@@ -9,11 +9,10 @@ import unicodedata
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
-from server import byte_level
+from engine.vocabulary import byte_level, words
+from engine.vocabulary.document import build
+from engine.vocabulary.pre_tokenizers import _BY_NAME, PreTokenizer, find
 from server.tokenizer import Tokenizer
-from server.vocabulary import words
-from server.vocabulary.document import build
-from server.vocabulary.pre_tokenizers import _BY_NAME, PreTokenizer, find
 from tests.server.text.awkward import texts
 
 TEXTS = texts(joined=150)

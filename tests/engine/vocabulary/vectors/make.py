@@ -1,4 +1,4 @@
-"""Makes the vocabularies and vectors beside it: python -m tests.server.vocabulary.vectors.make"""
+"""Makes the vocabularies and vectors beside it: python -m tests.engine.vocabulary.vectors.make"""
 
 from __future__ import annotations
 

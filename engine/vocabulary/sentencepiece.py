@@ -15,13 +15,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from engine.checkpoint import CheckpointError
-from server.vocabulary import document, scored_merges
-from server.vocabulary.scored_merges import ScoredMerges
+from engine.vocabulary import document, scored_merges
+from engine.vocabulary.scored_merges import ScoredMerges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from server.vocabulary.document import Document, Vocabulary
+    from engine.vocabulary.document import Document, Vocabulary
 
 SPACE = "\u2581"
 _MAX_PIECE_CHARS = 1024  # each is split in every way; trainers stop at 16, and by hand come runs of spaces

@@ -10,15 +10,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import CheckpointError
+from engine.vocabulary import document, pre_tokenizers, sentencepiece, sentencepiece_file
 from engine.weights import folder_text
 from engine.weights.json_files import read_json_object, read_text
-from server.vocabulary import document, pre_tokenizers, sentencepiece, sentencepiece_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from server.vocabulary.document import Document, Vocabulary
+    from engine.vocabulary.document import Document, Vocabulary
 
 _MAX_TOKENIZER_BYTES = 256 * 2**20
 _WAY_OUT = "save the tokeniser with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...))"

@@ -7,7 +7,7 @@ import re
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from server import byte_level
+from engine.vocabulary import byte_level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,16 +8,16 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint import CheckpointError
+from engine.vocabulary import pre_tokenizers, sentencepiece
+from engine.vocabulary.document import Document, Vocabulary, build
+from engine.vocabulary.sentencepiece import Piece, PieceType, Rules
 from engine.weights import gguf_text
-from server.vocabulary import pre_tokenizers, sentencepiece
-from server.vocabulary.document import Document, Vocabulary, build
-from server.vocabulary.sentencepiece import Piece, PieceType, Rules
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from engine.vocabulary.pre_tokenizers import PreTokenizer
     from engine.weights.gguf import Value
-    from server.vocabulary.pre_tokenizers import PreTokenizer
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from engine.checkpoint import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from server.vocabulary.scored_merges import ScoredMerges
+    from engine.vocabulary.scored_merges import ScoredMerges
 
 Document = dict[str, Any]
 

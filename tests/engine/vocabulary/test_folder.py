@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoint import CheckpointError
-from server import byte_level
+from engine.vocabulary import byte_level, document
+from engine.vocabulary.folder import from_folder
 from server.tokenizer import Tokenizer
-from server.vocabulary import document
-from server.vocabulary.folder import from_folder
-from tests.server.vocabulary.test_sentencepiece import VECTORS, cases
+from tests.engine.vocabulary.test_sentencepiece import VECTORS, cases
 
 ALPHABET = {char: index for index, char in enumerate(byte_level._BYTE_OF)}
 ROWS = 300
