@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine import vocabulary
+from engine.vocabulary import load as load_vocabulary
 from engine.vocabulary.document import library_errors
 from engine.vocabulary.token_bytes import Spelling, TokenBytes
 from server.special_text import SpecialFinder, SpecialTexts, scalar_values
@@ -51,7 +51,7 @@ class Tokenizer:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> Tokenizer:
         """Raises CheckpointError when there is no vocabulary, or it is of a kind that is not supported."""
-        found = vocabulary.load(checkpoint)
+        found = load_vocabulary(checkpoint)
         bos = checkpoint.special_tokens.get("bos_token")
         bos_id = found.marked.token_to_id(bos) if bos else None
         return cls(

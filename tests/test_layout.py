@@ -24,6 +24,9 @@ SERVER_SEES = {
     "engine.description",  # of `octavo models`
     "engine.messages",
     "engine.models.config",
+    "engine.vocabulary",
+    "engine.vocabulary.document",
+    "engine.vocabulary.token_bytes",
     "engine.weights",  # .embedded: where the default model lies
     "engine.weights.gguf",
     "engine.weights.json_files",

@@ -7,31 +7,79 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    import torch
+
     from scheduler.types import Sequence
+
+ROOT = -1  # the parent of drafts that follow the last committed token
+
+
+class Want(NamedTuple):
+    """A sequence with only its last token left to compute, and how many drafts it may have."""
+
+    sequence: Sequence
+    limit: int
 
 
 class Guess(NamedTuple):
-    """A line of tokens that may follow. `evidence` classes how well founded it is (larger is not better,
-    only other): acceptance is learned for each class."""
+    """Tokens that may follow, as a tree: draft k follows draft `parents[k]` < k. Siblings differ.
 
+    `kinds[k]` classes how well founded draft k is (small numbers; larger is not better, only other): how
+    often drafts of a kind stand where their parent stands is learned. `beliefs[k]`, of 0 .. 1, is what the
+    drafter thinks of that before anything is learned.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    kinds: tuple[int, ...] = ()
+    beliefs: tuple[float, ...] = ()
+
+
+NO_GUESS = Guess()
+
+
+def line(tokens: SequenceOf[int], kinds: SequenceOf[int], belief: float) -> Guess:
+    """Each token follows the one before it."""
+    count = len(tokens)
+    return Guess(tuple(tokens), tuple(range(ROOT, count - 1)), tuple(kinds), (belief,) * count)
+
+
+class Seen(NamedTuple):
+    """What a step has computed of one sequence, which is as it was before the step.
+
+    `tokens` fill its slots from `start` on: committed ones, then drafts, whoever guessed them, where draft k
+    follows draft `parents[k]`. `drawn` is what the target says after the last committed token, then after
+    each draft, if those before it were right; it is empty when the slice ends before the last committed
+    token. `kept` are the drafts that stood, from the root on. `features` [tokens, hidden]: the target's
+    hidden states at each of the drafter's taps, in the model's dtype; they live as long as the step.
+    `logits` float32 [drawn, vocab] likewise.
+    """
+
+    sequence: Sequence
+    start: int
     tokens: tuple[int, ...]
-    evidence: int
-
-
-NO_GUESS = Guess((), 0)
+    parents: tuple[int, ...]
+    drawn: tuple[int, ...]
+    kept: tuple[int, ...]
+    features: tuple[torch.Tensor, ...]
+    logits: torch.Tensor | None
 
 
 class Drafter(Protocol):
-    """Keeps what it needs between calls; sequences are read, never changed."""
+    """Keeps what it needs between calls; sequences are read, never changed. All calls come from one thread.
 
-    def guess(self, sequence: Sequence, limit: int) -> Guess:
-        """At most `limit` tokens after the sequence's committed ones; it may have none."""
+    `taps`: hidden states of the target that it wants to see (`Transformer.compute`), of every slice of the
+    sequences that it may draft for, prompts included, except what was found in a cache.
+    """
+
+    taps: tuple[int, ...]
+
+    def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
+        """One for each want, of at most `limit` drafts; it may be empty."""
         ...
 
-    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
-        """A step has computed the last committed token and then drafts (`computed`), whoever guessed them;
-        `drawn[k]` is what the target says after `computed[k]`, if those before it were right. The sequence
-        is as it was before."""
+    def observe(self, seen: SequenceOf[Seen]) -> None:
+        """After a step, before its tokens are committed."""
         ...
 
     def release(self, sequence: Sequence) -> None:

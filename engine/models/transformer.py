@@ -19,11 +19,14 @@ from engine.models.rotary import Rotary
 from engine.models.weights import LayerWeights, MixtureWeights, MLPWeights, take_layer, take_norm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from cuda_kernels.ops import AttentionPlan, Operations
     from engine.kv_storage import KVStorage
     from engine.models.config import TransformerConfig
 
 Rotation = tuple[torch.Tensor, torch.Tensor]  # cosine, sine
+NORMED = -1  # a tap: behind the final norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +75,54 @@ class Transformer:
 
     def forward(self, rows: Rows, storage: KVStorage) -> torch.Tensor:
         """Compute the rows, fill their KV slots -> float32 logits [R, vocab] of `rows.wanted`."""
+        return self.logits(self.compute(rows, storage)[0], rows.wanted)
+
+    def compute(
+        self,
+        rows: Rows,
+        storage: KVStorage,
+        taps: tuple[int, ...] = (),
+        layers: Iterable[int] | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Fill the rows' KV slots -> the residual stream behind the last layer [padded T, hidden], and what
+        it was at each of `taps`: k = as it enters layer k (0: embeddings; the number of layers: behind the
+        last), `NORMED` = what the head sees. `layers`: those to compute, the others are skipped; None = all.
+        """
         places = self._places(rows.positions)
-        hidden = self.embedding.index_select(0, rows.tokens)
-        if self.embedding_scale != 1.0:
-            hidden = hidden * self.embedding_scale
-        for index, layer in enumerate(self.layers):
-            rope = self.config.layers[index].rope
-            normed = self._norm(hidden, layer.attention_norm)
-            attended = self._attention(index, layer, normed, places[rope], rows, storage)
-            hidden = hidden + self._norm(attended, layer.attention_post_norm)
-            normed = self._norm(hidden, layer.mlp_norm)
-            mlp = layer.mlp
-            moved = self._mlp(mlp, normed) if isinstance(mlp, MLPWeights) else self._mixture(mlp, normed)
-            hidden = hidden + self._norm(moved, layer.mlp_post_norm)
-        return self._logits(hidden, rows.wanted)
+        hidden = self.embed(rows.tokens)
+        seen: dict[int, torch.Tensor] = {}
+        for index in range(self.config.num_layers) if layers is None else layers:
+            if index in taps:
+                seen[index] = hidden
+            hidden = self._block(index, hidden, places, rows, storage)
+        seen[self.config.num_layers] = hidden
+        if NORMED in taps:
+            seen[NORMED] = self.ops.rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
+        return hidden, tuple(seen[tap] for tap in taps)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 [T] -> [T, hidden]"""
+        hidden = self.embedding.index_select(0, tokens)
+        return hidden * self.embedding_scale if self.embedding_scale != 1.0 else hidden
+
+    def _block(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        places: dict[object, _Places],
+        rows: Rows,
+        storage: KVStorage,
+    ) -> torch.Tensor:
+        layer = self.layers[index]
+        normed = self._norm(hidden, layer.attention_norm)
+        attended = self._attention(
+            index, layer, normed, places[self.config.layers[index].rope], rows, storage
+        )
+        hidden = hidden + self._norm(attended, layer.attention_post_norm)
+        normed = self._norm(hidden, layer.mlp_norm)
+        mlp = layer.mlp
+        moved = self._mlp(mlp, normed) if isinstance(mlp, MLPWeights) else self._mixture(mlp, normed)
+        return hidden + self._norm(moved, layer.mlp_post_norm)
 
     def _places(self, positions: torch.Tensor) -> dict[object, _Places]:
         """By `Layer.rope`; layers without one are under None."""
@@ -157,7 +194,8 @@ class Transformer:
         chosen, shares = ops.route(scores, experts.per_token, experts.routing)
         return ops.experts(normed, chosen, shares, mixture.experts, self.config.activation)
 
-    def _logits(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """The residual stream behind the last layer [T, hidden], rows int64 [R] -> float32 [R, vocab]."""
         count = wanted.shape[0]
         # Padding repeats the last wanted row: the head's row count is a multiple as well.
         padding = -count % self.ops.row_multiple
