@@ -8,7 +8,7 @@ import torch
 
 from engine.messages import TokenLogprobs
 from engine.noise import NoiseKeys
-from engine.sampling import sampler
+from engine.sampling import ranking
 from engine.sampling.places import Place
 from engine.sampling.processors import LogitsProcessor, needs_processing
 from engine.sampling.sampler import logprobs_of, sample
@@ -70,7 +70,7 @@ def kept_by_hand(row: np.ndarray, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0) 
 )
 @pytest.mark.parametrize("candidates", [8, 256])
 def test_the_draw_is_the_best_noisy_token_of_the_kept_set(monkeypatch, cut, candidates):
-    monkeypatch.setattr(sampler, "CANDIDATES", candidates)
+    monkeypatch.setattr(ranking, "CANDIDATES", candidates)
     rows = 12
     logits = random_logits(rows)
     places = [place(output=[3] * row, temperature=0.7, seed=row, **cut) for row in range(rows)]
