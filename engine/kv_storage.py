@@ -21,6 +21,9 @@ class KVStorage:
     Zero at first, which keeps slots that nobody may see finite. Once numbers may have gone wrong somewhere
     (`tainted`), pages are cleared when they are handed out: a NaN would spread even from a weight of 0.
     Where a window slides, nobody might ever notice one that fell behind it.
+
+    `scratch`: pages behind those of the scheduler, which nobody is ever given: for drafts that the model
+    itself computes.
     """
 
     def __init__(
@@ -30,16 +33,19 @@ class KVStorage:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_scratch_pages: int = 0,
     ) -> None:
         groups = kv_groups(config)
         layers = layers_per_page(groups)
+        self.scratch = range(num_pages, num_pages + num_scratch_pages)
         self.tainted = any(group.span for group in groups)
         # One tensor, so that a page can be taken from all layers at once; a layer's part is contiguous.
-        cells = zeros((layers, 2, num_pages, config.num_kv_heads, page_size, config.head_dim), dtype, device)
+        num_cells = num_pages + num_scratch_pages
+        cells = zeros((layers, 2, num_cells, config.num_kv_heads, page_size, config.head_dim), dtype, device)
         places = {layer: place for group in groups for place, layer in enumerate(group.layers)}
         self.keys = [cells[places[layer], 0] for layer in range(config.num_layers)]
         self.values = [cells[places[layer], 1] for layer in range(config.num_layers)]
-        self.pages = cells.movedim(2, 0)  # a view: [num_pages, layers, 2, Hkv, page_size, D]
+        self.pages = cells.movedim(2, 0)  # a view: [all pages, layers, 2, Hkv, page_size, D]
 
     @property
     def page_shape(self) -> tuple[int, ...]:
