@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Raise it with every change after which the same tokens may get keys and values of other bits: another kernel
 # in `pick`, another order of sums, block or padding in one, another order of operations in the transformer.
 # Then KV pages that were written to disk before are not mixed with new ones, and costs are measured again.
-ARITHMETIC_VERSION: Final = 1
+ARITHMETIC_VERSION: Final = 2
 
 
 class AttentionPlan(Protocol):
@@ -50,6 +50,9 @@ class Operations:
     """One implementation of each operation, for one device. Arguments and results: see `reference`."""
 
     row_multiple: int  # rows of a step are padded to this, so that a row's result never depends on others
+    # A tree's rows have the bits of plain decoding where its window lies in one block of so many slots, counted
+    # from the start of the sequence. It has at most 64 tokens anyway (`SliceTable.words`).
+    tree_block: int
     rms_norm: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     write_kv: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -65,6 +68,7 @@ def pick(device: torch.device) -> Operations:
     del device
     return Operations(
         row_multiple=reference.ROW_MULTIPLE,
+        tree_block=reference_attention.KEY_BLOCK,
         rms_norm=reference.rms_norm,
         rotary=reference.rotary,
         write_kv=reference.write_kv,

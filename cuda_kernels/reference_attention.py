@@ -3,6 +3,10 @@
 It walks the keys in blocks of `KEY_BLOCK` slots counted from the start of the sequence and merges the
 blocks in that order, from the first one that a row of the slice can see; so a row's sums depend on the row
 alone, whatever else is in the batch.
+
+Within a block every sum over keys is a matrix product, which adds in the order of the keys, and a weight of
+exactly 0 adds nothing: a row's sums depend on what it sees in which order, not on what lies hidden between.
+So a row of a tree has the bits of plain decoding, as long as the whole tree lies in one block.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY_BLOCK = 128
 MASKED = -1e30  # finite: a block that a row cannot see at all then merges with weight exactly 0
+SUM_COLUMNS = 16  # of ones: with fewer, matrix libraries pick loops that are slower, or add in another order
 MAX_BATCHED_ROWS = 16  # slices up to this many rows share a launch; longer ones go one by one
 
 
@@ -54,6 +59,7 @@ class ReferenceAttention:
         self.group = num_heads // num_kv_heads
         self.device = device
         self.heads = np.arange(num_kv_heads)[:, None]
+        self.ones = torch.ones(KEY_BLOCK, SUM_COLUMNS, device=device)
         first_blocks = np.minimum.reduceat(table.starts, table.first_rows) // KEY_BLOCK
         counts = -(-table.lengths // KEY_BLOCK) - first_blocks
         self.groups = [
@@ -110,14 +116,14 @@ class ReferenceAttention:
             if first == 0:
                 top = peak
                 weights = scores.sub_(top).exp_()
-                total = weights.sum(-1, keepdim=True)
+                total = self._total(weights)
                 merged = torch.bmm(weights, value)
                 continue
             raised = torch.maximum(top[:live], peak)
             shrink = (top[:live] - raised).exp_()
             weights = scores.sub_(raised).exp_()
             top[:live] = raised
-            total[:live] = total[:live] * shrink + weights.sum(-1, keepdim=True)
+            total[:live] = total[:live] * shrink + self._total(weights)
             merged[:live] = merged[:live] * shrink + torch.bmm(weights, value)
         top, total, merged = (part[:, : places * self.group] for part in (top, total, merged))
         if sinks is not None:
@@ -128,6 +134,11 @@ class ReferenceAttention:
             total, merged = total * shrink + (sink - raised).exp_(), merged * shrink
         result = (merged / total).reshape(slices, heads, places, self.group, size).permute(0, 2, 1, 3, 4)
         return result.reshape(slices * places, heads * self.group, size)
+
+    def _total(self, weights: torch.Tensor) -> torch.Tensor:
+        """[.., n, KEY_BLOCK] -> [.., n, 1]. In `Tensor.sum` the places of the zeros would matter."""
+        summed = torch.mm(weights.view(-1, KEY_BLOCK), self.ones)
+        return summed[:, :1].view(*weights.shape[:-1], 1)
 
     def _plan_group(
         self,
