@@ -11,7 +11,7 @@ import torch
 
 from cuda_kernels.slices import SliceTable
 from engine.models.kv_groups import KVGroup, kv_groups
-from engine.models.transformer import Rows
+from engine.models.layers import Rows
 from scheduler.types import Visibility
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from cuda_kernels.experts import ExpertWeights
-from engine.models.config import NormPlacement, QKNorm
 
 if TYPE_CHECKING:
     from engine.models.config import TransformerConfig
@@ -50,33 +49,27 @@ class LayerWeights:
 
 
 def take_layer(weights: Weights, config: TransformerConfig, index: int) -> LayerWeights:
-    """Remove layer `index` from `weights` and return it."""
+    """Remove layer `index` from `weights` and return it. The layout decides which norms and biases it has."""
     prefix = f"layers.{index}."
 
-    def take(name: str) -> torch.Tensor:
-        return weights.pop(prefix + name)
-
-    def norm(name: str, *, there: bool) -> torch.Tensor | None:
-        return take_norm(weights, prefix + name, config) if there else None
+    def norm(name: str) -> torch.Tensor | None:
+        return take_norm(weights, prefix + name, config) if prefix + name in weights else None
 
     def bias(name: str) -> torch.Tensor | None:
         return weights.pop(f"{prefix}{name}.bias", None)
 
-    before = config.norm_placement is not NormPlacement.POST
-    after = config.norm_placement is not NormPlacement.PRE
-    within = config.qk_norm in (QKNorm.HEAD, QKNorm.WHOLE)
     return LayerWeights(
-        attention_norm=norm("attention_norm", there=before),
-        attention_post_norm=norm("attention_post_norm", there=after),
-        qkv=take("qkv.weight"),
+        attention_norm=norm("attention_norm"),
+        attention_post_norm=norm("attention_post_norm"),
+        qkv=weights.pop(prefix + "qkv.weight"),
         qkv_bias=bias("qkv"),
-        q_norm=norm("q_norm", there=within),
-        k_norm=norm("k_norm", there=within),
-        sinks=take("sinks") if config.sinks else None,
-        out=take("out.weight"),
+        q_norm=norm("q_norm"),
+        k_norm=norm("k_norm"),
+        sinks=weights.pop(prefix + "sinks", None),
+        out=weights.pop(prefix + "out.weight"),
         out_bias=bias("out"),
-        mlp_norm=norm("mlp_norm", there=before),
-        mlp_post_norm=norm("mlp_post_norm", there=after),
+        mlp_norm=norm("mlp_norm"),
+        mlp_post_norm=norm("mlp_post_norm"),
         mlp=_take_mixture(weights, prefix) if config.layers[index].experts else _take_mlp(weights, prefix),
     )
 
