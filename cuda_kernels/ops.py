@@ -50,8 +50,8 @@ class Operations:
     """One implementation of each operation, for one device. Arguments and results: see `reference`."""
 
     row_multiple: int  # rows of a step are padded to this, so that a row's result never depends on others
-    # A tree's rows have the bits of plain decoding where its window lies in one block of so many slots, counted
-    # from the start of the sequence. It has at most 64 tokens anyway (`SliceTable.words`).
+    # A tree's rows have the bits of plain decoding where its window lies within one block of so many slots,
+    # counted from the start of the sequence. It has at most 64 tokens anyway (`SliceTable.words`).
     tree_block: int
     rms_norm: Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

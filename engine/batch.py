@@ -15,9 +15,12 @@ from engine.models.layers import Rows
 from scheduler.types import Visibility
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
     from numpy.typing import NDArray
 
     from cuda_kernels.ops import Operations
+    from engine.kv_storage import KVStorage
     from engine.models.config import TransformerConfig
     from scheduler.plan import Slice, StepPlan
 
@@ -73,21 +76,23 @@ class BatchBuilder:
         owner = np.repeat(np.arange(len(slices)), counts)
         slots = np.arange(len(owner)) + (starts - first_rows)[owner]
         lengths = starts + counts
+        begins = lengths - np.array([piece.num_window for piece in slices], dtype=np.int64)
         num_entries = -(-int(lengths.max()) // self.page_size) * len(self.groups)
         entries = self._tables[rows_of_tables, :num_entries]
-        pages = [self._pages(entries, group, starts) for group in range(len(self.groups))]
-        ends, words = _visibility(slices, slots, first_rows)
+        pages = [self._pages(entries, group, np.minimum(starts, begins)) for group in range(len(self.groups))]
+        ends, words = _visibility(slices, slots, first_rows, begins)
         positions = np.fromiter(
             chain.from_iterable(piece.positions for piece in slices), np.int64, len(owner)
         )
         blocks, offsets = np.divmod(slots, self.page_size)
         config = self.config
-        tables = [
-            SliceTable(
-                first_rows, counts, lengths, table, _starts(group, positions), ends, words, self.page_size
+        tables = []
+        for group, table in zip(self.groups, pages, strict=True):
+            seen_from = _starts(group, positions)
+            shown = _nearest(words, positions + 1 - seen_from) if group.span else words
+            tables.append(
+                SliceTable(first_rows, counts, lengths, table, seen_from, ends, shown, self.page_size)
             )
-            for group, table in zip(self.groups, pages, strict=True)
-        ]
         rows = Rows(
             tokens=self._padded(list(chain.from_iterable(piece.tokens for piece in slices))),
             positions=self._padded(positions.tolist()),
@@ -103,6 +108,26 @@ class BatchBuilder:
         first_logits = tuple(int(first) for first in np.cumsum(wanted_counts) - wanted_counts)
         return Batch(rows, first_logits)
 
+    def move(self, storage: KVStorage, moves: SequenceOf[tuple[int, int, tuple[int, ...]]]) -> None:
+        """Of each sequence (its id, the slot where its window begins, the window's tokens that stay, in
+        their order): the KV of the i-th that stays comes to lie in the window's slot i, in every layer."""
+        found = [
+            (self._row_of[seq_id], begin + token, begin + place)
+            for seq_id, begin, kept in moves
+            for place, token in enumerate(kept)
+            if token != place
+        ]
+        if found:
+            tables, sources, targets = np.array(found, dtype=np.int64).T
+            storage.move(self._cells(tables, sources), self._cells(tables, targets))
+
+    def _cells(self, tables: NDArray[np.int64], slots: NDArray[np.int64]) -> torch.Tensor:
+        """Slots of sequences -> flat rows in [num_pages, Hkv, page_size], those of every group and head."""
+        num_groups = len(self.groups)
+        blocks, offsets = np.divmod(slots, self.page_size)
+        pages = self._tables[tables[:, None], blocks[:, None] * num_groups + np.arange(num_groups)]
+        return self._kv_rows(pages.reshape(-1), np.repeat(offsets, num_groups))
+
     def _extended_table(self, piece: Slice) -> int:
         """-> the row of the slice's page table, which knows its new pages"""
         row = self._row_of.get(piece.seq_id)
@@ -114,7 +139,7 @@ class BatchBuilder:
         return row
 
     def _pages(self, entries: NDArray[np.int64], group: int, starts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Tables [S, entries] and the first slots that are computed -> pages of one group [S, blocks].
+        """Tables [S, entries] and the first positions that are computed -> pages of one group [S, blocks].
 
         Pages behind a window may be another's by now: the first one that is seen stands for them, so that
         a kernel that reads whole blocks of keys reads finite numbers there.
@@ -157,19 +182,35 @@ def _starts(group: KVGroup, positions: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _visibility(
-    slices: tuple[Slice, ...], slots: NDArray[np.int64], first_rows: NDArray[np.int64]
+    slices: tuple[Slice, ...],
+    slots: NDArray[np.int64],
+    first_rows: NDArray[np.int64],
+    begins: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """The rule of `SliceTable`: causal everywhere, except in windows that say otherwise."""
+    """The rule of `SliceTable`: causal everywhere, except in windows (from slot `begins` on) that say
+    otherwise. A drafter computes a window in parts: then the slice has only its last tokens."""
     ends = slots + 1
     words = np.zeros(len(slots), dtype=np.uint64)
-    for piece, first in zip(slices, first_rows.tolist(), strict=True):
+    for piece, first, begin in zip(slices, first_rows.tolist(), begins.tolist(), strict=True):
         if piece.visibility is Visibility.CAUSAL or not piece.num_window:
             continue
-        stop = first + len(piece.tokens)
-        begin = stop - piece.num_window
+        count = len(piece.tokens)
+        rows = slice(first + max(0, count - piece.num_window), first + count)
         if piece.visibility is Visibility.ALL:
-            ends[begin:stop] = piece.start + len(piece.tokens)
+            ends[rows] = piece.start + count
         else:
-            ends[begin:stop] = piece.start + len(piece.tokens) - piece.num_window
-            words[begin:stop] = piece.ancestors
+            ends[rows] = begin
+            words[rows] = piece.ancestors
     return ends, words
+
+
+def _nearest(words: NDArray[np.uint64], num_seen: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Of each row's ancestors, itself included, only the last `num_seen`; what is further up lies behind its
+    window. A tree's slots are no positions, but from one ancestor to the next is one position."""
+    nearest = words.copy()
+    for row in np.flatnonzero(words).tolist():
+        word = int(words[row])
+        for _ in range(word.bit_count() - int(num_seen[row])):
+            word &= word - 1  # the earliest one goes
+        nearest[row] = word
+    return nearest

@@ -45,6 +45,7 @@ class KVStorage:
         places = {layer: place for group in groups for place, layer in enumerate(group.layers)}
         self.keys = [cells[places[layer], 0] for layer in range(config.num_layers)]
         self.values = [cells[places[layer], 1] for layer in range(config.num_layers)]
+        self._slots = cells.view(layers * 2, -1, config.head_dim)
         self.pages = cells.movedim(2, 0)  # a view: [all pages, layers, 2, Hkv, page_size, D]
 
     @property
@@ -55,6 +56,11 @@ class KVStorage:
     @property
     def page_bytes(self) -> int:
         return math.prod(self.page_shape) * self.pages.dtype.itemsize
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy KV between flat rows of [num_pages, Hkv, page_size], in every layer of their pages. All are
+        read before any is written, so sources may be targets."""
+        self._slots.index_copy_(1, targets, self._slots.index_select(1, sources))
 
     def clear(self, pages: list[int]) -> None:
         index = torch.tensor(pages, dtype=torch.int64, device=self.pages.device)
