@@ -1,0 +1,108 @@
+"""Small targets, and what a drafter for them is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cuda_kernels.ops import pick
+from engine.batch import BatchBuilder
+from engine.drafting.surroundings import Surroundings
+from engine.kv_storage import KVStorage
+from engine.models.config import Layer, Rope, TransformerConfig
+from engine.models.context import for_context
+from engine.models.transformer import Transformer
+from engine.sampling.processors import LogitsProcessor, needs_processing
+from scheduler.types import Sequence
+from tests.engine.tiny import CPU, TINY, random_weights, request
+
+if TYPE_CHECKING:
+    from engine.core import EngineCore
+
+NUM_WORDS = 24
+CHAIN = TransformerConfig(
+    architecture="llama",
+    vocab_size=NUM_WORDS,
+    hidden_size=32,
+    intermediate_size=8,
+    layers=(Layer(rope=Rope(theta=10000.0, num_rotated=8)),) * 3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    max_positions=256,
+)
+
+
+def following(token: int, steps: int = 1) -> int:
+    """The word that is so many steps behind `token` where a chain's target is sure."""
+    return (token * 7**steps + 5 * sum(7**step for step in range(steps))) % NUM_WORDS
+
+
+def chain_weights(sureness: float = 4.0) -> dict[str, torch.Tensor]:
+    """A model whose layers add nothing and whose hidden states are one-hot: the word behind `token` is
+    `following(token)`, the likelier the greater `sureness`."""
+    weights = {name: torch.zeros_like(value) for name, value in random_weights(CHAIN).items()}
+    for name, value in weights.items():
+        if name.endswith("norm"):
+            value.fill_(1.0)
+    weights["embedding"][:, :NUM_WORDS] = torch.eye(NUM_WORDS)
+    weights["head"].copy_(chain_head(1, sureness))
+    return weights
+
+
+def chain_head(steps: int, sureness: float = 4.0) -> torch.Tensor:
+    """[vocab, hidden]: on what a chain's head sees of a token, it names the word `steps` behind it."""
+    head = torch.zeros(CHAIN.vocab_size, CHAIN.hidden_size)
+    for token in range(NUM_WORDS):
+        head[following(token, steps), token] = sureness
+    return head
+
+
+def surroundings(
+    config: TransformerConfig = TINY, weights: dict[str, torch.Tensor] | None = None, max_len: int = 256
+) -> Surroundings:
+    ops, config = pick(CPU), for_context(config, max_len)
+    model = Transformer(config, weights or random_weights(config), ops)
+    processors: dict[int, LogitsProcessor] = {}
+
+    def processor_of(sequence: Sequence) -> LogitsProcessor | None:
+        if not needs_processing(sequence.request.sampling):
+            return None
+        fresh = LogitsProcessor(sequence, config.vocab_size, CPU)
+        return processors.setdefault(sequence.seq_id, fresh)
+
+    return Surroundings(
+        checkpoint=None,
+        model=model,
+        storage=KVStorage(config, 64, 16, torch.float32, CPU),
+        batches=BatchBuilder(config, ops, 16, max_len, 8, CPU),
+        ops=ops,
+        dtype=torch.float32,
+        device=CPU,
+        max_model_len=max_len,
+        max_num_seqs=8,
+        processor_of=processor_of,
+    )
+
+
+def around_core(core: EngineCore) -> Surroundings:
+    """The same of an engine core."""
+    runner, batches = core.runner, core.runner.batches
+    return Surroundings(
+        checkpoint=None,
+        model=runner.model,
+        storage=runner.storage,
+        batches=batches,
+        ops=batches.ops,
+        dtype=torch.float32,
+        device=CPU,
+        max_model_len=batches.max_slots,
+        max_num_seqs=core.scheduler.config.max_num_seqs,
+        processor_of=runner.processor_of,
+    )
+
+
+def sequence(tokens: list[int], number: int = 0, prompt_len: int = 1, **sampling: object) -> Sequence:
+    return Sequence(number, request(f"s{number}", tokens[:prompt_len], **sampling), 0, list(tokens))
