@@ -1,4 +1,4 @@
-"""Trees of tokens through a tiny model: the bits of plain decoding, at once or level by level, kept or not."""
+"""Trees of tokens through a tiny model have the bits of plain decoding: at once, level by level, kept."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def around_a_tree(name: str, place: int) -> tuple[Steps, torch.Tensor]:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", MODELS)
 def test_each_path_of_a_tree_has_the_bits_of_plain_decoding(name, place):
-    steps, logits = around_a_tree(name, place)
+    _, logits = around_a_tree(name, place)
     for leaf in (3, 4, 7):
         nodes = path(leaf)
         expected = plain(name, place, [TOKENS[node] for node in nodes])
