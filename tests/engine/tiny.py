@@ -11,6 +11,7 @@ import torch
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.core import EngineCore
+from engine.drafting.scratch_pages import num_scratch_pages
 from engine.kv_storage import KVStorage
 from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
 from engine.models.config import Layer, Rope, TransformerConfig
@@ -107,7 +108,9 @@ def core_around(
     ops = pick(CPU)
     config = for_context(config, config.max_positions)
     model = Transformer(config, weights, ops)
-    storage = KVStorage(config, scheduling.num_pages, scheduling.page_size, torch.float32, CPU)
+    storage = KVStorage(
+        config, scheduling.num_pages, scheduling.page_size, torch.float32, CPU, num_scratch_pages(config)
+    )
     file = DiskFile(disk, b"tiny", storage.page_bytes, scheduling.disk_pages) if disk else None
     copier = None
     if scheduling.host_pages:

@@ -1,0 +1,187 @@
+"""Self-speculation by skipped layers: the draft is the target itself without some of its layers.
+
+No weights beside the target's and no training (Zhang 2023, "Draft & Verify"; Xia 2024, "SWIFT: On-the-Fly
+Self-Speculative Decoding"). The layers that are computed read the target's own KV of the committed tokens;
+what they write goes to scratch pages (`scratch_pages.py`). Which layers are skipped is searched while serving
+(`layer_search.py`): every so often the best set and a proposal both compute some tokens that are committed
+already, and say what they would have drawn there. Whole layers are skipped, where SWIFT may skip a layer's
+attention or MLP alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.drafting.guess import NO_GUESS, ROOT, Guess, Seen, Want
+from engine.drafting.kinds import belief_of, kind_of
+from engine.drafting.layer_search import LONGEST_DRAFT, LayerSearch
+from engine.drafting.scratch_pages import Piece, ScratchPages, Stretch
+from engine.sampling.candidates import candidates
+from engine.sampling.places import Place
+from scheduler.types import Sequence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from engine.drafting.surroundings import Surroundings
+    from engine.models.transformer import Rows, Transformer
+
+CLOSE = 0.4  # a second candidate with so much of the first one's chance is guessed as well
+TRIAL_ROWS = 32  # committed tokens that a set of layers is tried on at a time
+TRIAL_EVERY = 96  # tokens that are committed between two trials; twice as many ..
+PATIENCE = 12  # .. each time that so many proposals in a row were no better, up to
+RAREST_TRIAL = 4096
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A sequence's guess as it grows: a line, and leaves beside it."""
+
+    stretch: Stretch
+    limit: int
+    line: tuple[int, ...] = ()
+    chance: float = 1.0  # of the whole line
+    tip: int = ROOT
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    chances: list[tuple[float, int]] = field(default_factory=list)  # and rank
+
+    def add(self, tokens: list[int], chances: list[float]) -> None:
+        """What may follow the line, the likeliest first; the line goes on with that."""
+        for rank, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
+            if rank and (chance < CLOSE * chances[0] or len(self.tokens) == self.limit):
+                break
+            self.tokens.append(token)
+            self.parents.append(self.tip)
+            self.chances.append((chance, rank))
+        self.tip = len(self.tokens) - 1 - (self.chances[-1][1])
+        self.line += (tokens[0],)
+        self.chance *= chances[0]
+
+    def guess(self) -> Guess:
+        return Guess(
+            tuple(self.tokens),
+            tuple(self.parents),
+            tuple(kind_of(chance, rank) for chance, rank in self.chances),
+            tuple(belief_of(chance) for chance, _ in self.chances),
+        )
+
+
+class SkippedLayers:
+    """`taps`: none. Without scratch pages in the target's storage it guesses nothing."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, around: Surroundings, search: LayerSearch | None = None) -> None:
+        self._around = around
+        self._scratch = ScratchPages(around)
+        model = around.model
+        self.search = search or LayerSearch(model.config.num_layers, head_layers=head_layers(model))
+        self._num_committed = 0  # since the last trial
+
+    @torch.inference_mode()
+    def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
+        drafts = {want.sequence.seq_id: draft for want in wants if (draft := self._begun(want)) is not None}
+        if drafts and self._num_committed >= self._trial_every():
+            self._try(drafts)
+        stretches = (draft.stretch for draft in drafts.values())
+        for together in self._scratch.batches(stretches):
+            self._scratch.lend(together)
+            self._grow([drafts[stretch.sequence.seq_id] for stretch in together])
+        return [
+            drafts[want.sequence.seq_id].guess() if want.sequence.seq_id in drafts else NO_GUESS
+            for want in wants
+        ]
+
+    def observe(self, seen: SequenceOf[Seen]) -> None:
+        self._num_committed += sum(len(one.kept) + 1 for one in seen if one.drawn)
+
+    def release(self, sequence: Sequence) -> None:
+        """Nothing is kept of a sequence."""
+
+    def _begun(self, want: Want) -> _Draft | None:
+        start = len(want.sequence.tokens) - 1
+        # The last draft needs no slot: nothing follows it.
+        count = min(want.limit, LONGEST_DRAFT, self._scratch.fits(start))
+        if count < 1 or want.sequence.num_computed != start:
+            return None
+        return _Draft(Stretch(want.sequence, start, count), want.limit)
+
+    def _grow(self, drafts: list[_Draft]) -> None:
+        """One token further for all of them, until none is worth another."""
+        search = self.search
+        kept, share = search.kept(search.skipped), search.share(search.skipped)
+        while drafts:
+            pieces, places = [], []
+            for draft in drafts:
+                sequence, start, _ = draft.stretch
+                last = draft.line[-1] if draft.line else sequence.tokens[-1]
+                pieces.append(Piece(sequence.seq_id, start + len(draft.line), (last,)))
+                places.append(Place(sequence, draft.line, self._around.processor_of(sequence)))
+            logits = self._logits(self._scratch.rows(pieces), kept)
+            found = candidates(logits, places, 2)
+            for draft, tokens, chances in zip(
+                drafts, found.tokens.tolist(), found.chances.tolist(), strict=True
+            ):
+                if chances[0] > 0.0:
+                    draft.add(tokens, chances)
+                else:
+                    draft.chance = 0.0
+            # A further draft costs this share of a step; so likely it should be to be of use.
+            drafts = [
+                draft
+                for draft in drafts
+                if draft.chance >= share
+                and len(draft.line) < draft.stretch.length
+                and len(draft.tokens) < draft.limit
+            ]
+
+    def _logits(self, rows: Rows, kept: tuple[int, ...]) -> torch.Tensor:
+        model = self._around.model
+        return model.logits(model.compute(rows, self._around.storage, layers=kept)[0], rows.wanted)
+
+    def _trial_every(self) -> int:
+        return int(min(RAREST_TRIAL, TRIAL_EVERY << min(8, self.search.num_rejected // PATIENCE)))
+
+    def _try(self, drafts: dict[int, _Draft]) -> None:
+        """Have the proposal and the best set say committed tokens again, of the sequence with the most."""
+        proposal = self.search.proposal()
+        self._num_committed = 0
+        sequence = max((draft.stretch.sequence for draft in drafts.values()), key=lambda one: one.num_output)
+        count = min(TRIAL_ROWS, sequence.num_output)
+        start = len(sequence.tokens) - 1 - count
+        if proposal is None or start < 0 or count > self._scratch.fits(start):
+            return
+        if not self._scratch.readable(sequence, start):
+            return
+        right = [
+            self._num_right(Stretch(sequence, start, count), skipped)
+            for skipped in (self.search.skipped, proposal)
+        ]
+        self.search.note(count, *right)
+
+    def _num_right(self, stretch: Stretch, skipped: frozenset[int]) -> int:
+        """How many of the tokens behind these slots they say as the target did. What the request asks of
+        its logits is left out, as it depends on what was committed then."""
+        sequence, start, count = stretch
+        self._scratch.lend([stretch])
+        computed, said = (tuple(sequence.tokens[first : first + count]) for first in (start, start + 1))
+        logits = self._logits(
+            self._scratch.rows([Piece(sequence.seq_id, start, computed)]), self.search.kept(skipped)
+        )
+        then = Sequence(sequence.seq_id, sequence.request, sequence.index, sequence.tokens[: start + 1])
+        found = candidates(logits, [Place(then, said[:number]) for number in range(count)], 1).tokens
+        return sum(mine == theirs for mine, theirs in zip(found.view(-1).tolist(), said, strict=True))
+
+
+def head_layers(model: Transformer) -> float:
+    """What the head costs, in layers: by the numbers that each reads of its weights."""
+    config = model.config
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    mlp = config.intermediate_size
+    if config.experts is not None and all(layer.experts for layer in config.layers):
+        mlp = config.experts.per_token * config.experts.intermediate_size
+    return config.vocab_size / (heads + 3 * mlp)
