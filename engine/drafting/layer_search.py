@@ -80,9 +80,9 @@ class LayerSearch:
             self._decide(best, tried)
 
     def worth(self, skipped: frozenset[int], rate: float) -> float:
-        """Above 1: tokens in the time of one, with drafts of the best length. Below: drafting does not pay, and
-        a better rate comes before a smaller share: the set of everything, which is always right, is where
-        sets that pay are found from."""
+        """Above 1: tokens in the time of one, with drafts of the best length. Below, drafting does not pay,
+        and a better rate comes before a smaller share: sets that pay are found from the set that skips
+        nothing and is always right."""
         share = self.share(skipped)
         if rate <= share:
             return rate
