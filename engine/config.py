@@ -9,7 +9,10 @@ from scheduler.config import SchedulerConfig
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 DECODING_METHODS = ("autoregressive", "speculative")
-DRAFTERS = ("auto", "prompt_lookup", "past_outputs", "recycling", "lookahead")
+DRAFTERS = (
+    "auto", "prompt_lookup", "past_outputs", "recycling", "lookahead", "skipped_layers",
+    "model", "pard", "eagle", "mtp", "medusa", "dflash",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +76,17 @@ class EngineConfig:
         metadata={
             "help": "who drafts for requests that do not say: auto (whichever is expected to gain most), "
             "prompt_lookup (the request's own text), past_outputs (earlier answers), "
-            "recycling (what followed a token last), lookahead (Jacobi iterations)",
+            "recycling (what followed a token last), lookahead (Jacobi iterations), "
+            "skipped_layers (the model with fewer layers); and as draft_model has them model, pard, eagle, "
+            "mtp, medusa, dflash",
             "choices": DRAFTERS,
+        },
+    )
+    draft_model: str = field(
+        default="",
+        metadata={
+            "help": "weights that draft: folders, .gguf files or hub names, separated by commas; mtp = the "
+            "heads in the model's own checkpoint; empty = none"
         },
     )
     max_draft_tokens: int = field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 class FinishReason(enum.StrEnum):
@@ -48,6 +49,16 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LossyAcceptance:
+    """A rule by which drafts stand that the target would not have drawn (`engine.decoding.lossy`)."""
+
+    rule: Literal["typical", "threshold"]
+    epsilon: float = 0.09  # of "typical", as Medusa has them
+    delta: float = 0.3
+    threshold: float = 0.3  # of "threshold"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One accepted request, as it crosses from the server to the engine.
 
@@ -67,6 +78,7 @@ class Request:
     method: str = "autoregressive"  # decoding method, by name
     drafter: str = "auto"  # who guesses ahead, where the method verifies guesses
     max_draft_tokens: int = 0  # in one step; 0 = as many as pay
+    lossy: LossyAcceptance | None = None  # None: the text is that of plain decoding, whoever guesses
     delivered: tuple[tuple[int, ...], ...] = ()
     readmitted: bool = False  # accepted by an earlier engine process: load is no reason to refuse it
 
@@ -101,6 +113,13 @@ class Window:
     visibility: Visibility = Visibility.CAUSAL
     ancestors: tuple[int, ...] = ()
     optional: bool = False
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """The window's token that each of its tokens follows; -1: the last committed one."""
+        if self.visibility is not Visibility.ANCESTORS:
+            return tuple(range(-1, len(self.tokens) - 1))
+        return tuple((word & ~(1 << k)).bit_length() - 1 for k, word in enumerate(self.ancestors))
 
 
 EMPTY_WINDOW = Window()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from engine.sampling.ranking import is_random, processed, ranked
+from engine.sampling.ranking import contenders, is_random, processed
 
 if TYPE_CHECKING:
     from engine.sampling.places import Place
@@ -45,8 +45,9 @@ def candidates(logits: torch.Tensor, places: list[Place], count: int) -> Candida
         width = found.tokens.shape[1]
         tokens[greedy, :width], chances[greedy, :width] = found
     if random:
-        for group in ranked(values, random, places):
-            found = _best(group.values, group.values.argmax(-1), count)
+        for group in contenders(values, random, places):
+            noisy = group.noisy(places)
+            found = _best(noisy, noisy.argmax(-1), count)
             width = found.tokens.shape[1]
             tokens[group.rows, :width], chances[group.rows, :width] = (
                 group.tokens(found.tokens),

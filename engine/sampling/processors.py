@@ -1,7 +1,7 @@
-"""What a request asks of its logits before a token is drawn: penalties, bias, bans.
+"""What a request asks of its logits before a token is drawn: penalties, bias, bans, a mask.
 
 In this order: repetition penalty (Keskar 2019), presence and frequency penalties (OpenAI), logit_bias,
-then the bans (allowed_token_ids, bad_words, min_tokens), which nothing can lift again.
+then the bans (allowed_token_ids, bad_words, min_tokens) and the mask, which nothing can lift again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from engine.sampling.masks import TokenMask
     from scheduler.types import SamplingParams, Sequence
 
 BANNED = float("-inf")
@@ -19,11 +20,14 @@ BANNED = float("-inf")
 class LogitsProcessor:
     """One sequence's, kept while it lives: what does not change is made once, counts grow with its tokens."""
 
-    def __init__(self, sequence: Sequence, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, sequence: Sequence, vocab_size: int, device: torch.device, mask: TokenMask | None = None
+    ) -> None:
         params = sequence.request.sampling
         self.sequence = sequence
         self.params = params
         self.device = device
+        self.mask = mask
         self._bias = torch.zeros(0)
         if params.logit_bias:
             self._bias = torch.zeros(vocab_size, device=device)
@@ -58,6 +62,9 @@ class LogitsProcessor:
             banned.extend(self.params.stop_token_ids)
         if banned:
             logits[self._index(banned)] = BANNED
+        allowed = self.mask.allowed(drafted) if self.mask is not None else None
+        if allowed is not None:
+            logits.masked_fill_(~allowed.to(self.device), BANNED)
 
     def _penalise(self, logits: torch.Tensor, drafted: tuple[int, ...]) -> None:
         sequence, params = self.sequence, self.params

@@ -42,9 +42,9 @@ class Processed(NamedTuple):
     errors: dict[int, RowError]
 
 
-class Ranked(NamedTuple):
-    """Some rows' contenders: values float32 [len(rows), K], the greatest is drawn; ids int64 [len(rows), K],
-    or None where entry t is token t. Who was cut from the draw is not there or has -inf."""
+class Contenders(NamedTuple):
+    """Who may be drawn in some rows: values float32 [len(rows), K], after the temperature; ids int64
+    [len(rows), K], or None where entry t is token t. Who was cut from the draw is not there or has -inf."""
 
     rows: list[int]
     values: torch.Tensor
@@ -53,6 +53,19 @@ class Ranked(NamedTuple):
     def tokens(self, entries: torch.Tensor) -> torch.Tensor:
         """entries int64 [len(rows), n] of the contenders -> their tokens"""
         return entries if self.ids is None else self.ids.gather(-1, entries)
+
+    def noisy(self, places: list[Place]) -> torch.Tensor:
+        """float32 [len(rows), K]: the greatest of a row is drawn; places are those of all rows."""
+        among = [places[row] for row in self.rows]
+        noise = NoiseKeys(
+            [place.params.seed for place in among],
+            [place.sequence.index for place in among],
+            [place.number for place in among],
+            self.values.device,
+        )
+        if self.ids is None:
+            return self.values + noise.of_vocabulary(self.values.shape[1])
+        return self.values + noise.of_tokens(self.ids)
 
 
 def processed(logits: torch.Tensor, places: list[Place]) -> Processed:
@@ -68,12 +81,12 @@ def is_random(place: Place) -> bool:
     return place.params.temperature > GREEDY_BELOW
 
 
-def ranked(values: torch.Tensor, rows: list[int], places: list[Place]) -> Iterator[Ranked]:
-    """Rows that are drawn with noise, of processed values with a finite peak: each is in one result."""
+def contenders(values: torch.Tensor, rows: list[int], places: list[Place]) -> Iterator[Contenders]:
+    """Of rows of processed values with a finite peak, for a draw at temperatures above 0: each row is in one
+    result."""
     temperatures = torch.tensor([places[row].params.temperature for row in rows], device=values.device)
     scaled = values[rows] / temperatures[:, None]
-    among = [places[row] for row in rows]
-    for group in _groups(scaled, among):
+    for group in _groups(scaled, [places[row] for row in rows]):
         yield group._replace(rows=[rows[index] for index in group.rows])
 
 
@@ -88,7 +101,7 @@ def _changed(logits: torch.Tensor, places: list[Place]) -> tuple[torch.Tensor, d
         assert processor is not None
         try:
             processor.apply(values[row], drafted)
-        except (IndexError, RuntimeError, ValueError) as failure:
+        except Exception as failure:  # a mask is code of others
             errors[row] = RowError(f"the sampling parameters cannot be applied: {failure}", refused=True)
     return values, errors
 
@@ -104,7 +117,7 @@ def _errors(logits: torch.Tensor, peaks: torch.Tensor) -> dict[int, RowError]:
     }
 
 
-def _groups(scaled: torch.Tensor, places: list[Place]) -> Iterator[Ranked]:
+def _groups(scaled: torch.Tensor, places: list[Place]) -> Iterator[Contenders]:
     """scaled float32 [R, V], after the temperature; may be changed."""
     cut = [row for row, place in enumerate(places) if truncates(place.params)]
     whole = [row for row in range(len(places)) if row not in set(cut)]
@@ -119,15 +132,14 @@ def _groups(scaled: torch.Tensor, places: list[Place]) -> Iterator[Ranked]:
             ordered = scaled[row].sort(descending=True).values
             lowest = threshold(ordered, float(scaled[row].logsumexp(-1)), places[row].params)
             kept = torch.nonzero(scaled[row] >= lowest).view(1, -1)
-            yield Ranked([row], scaled[row][kept] + _keys([places[row]], scaled.device).of_tokens(kept), kept)
+            yield Contenders([row], scaled[row][kept], kept)
     if whole:
-        noise = _keys([places[row] for row in whole], scaled.device).of_vocabulary(scaled.shape[1])
-        yield Ranked(whole, scaled[whole] + noise, None)
+        yield Contenders(whole, scaled[whole], None)
 
 
 def _among_largest(
     scaled: torch.Tensor, rows: list[int], places: list[Place]
-) -> tuple[Ranked | None, list[int]]:
+) -> tuple[Contenders | None, list[int]]:
     """Those whose largest values hold everything kept, and the rows that need all of theirs."""
     part = scaled[rows]
     best, ids = part.topk(min(CANDIDATES, part.shape[1]), -1)
@@ -147,20 +159,9 @@ def _among_largest(
             unfinished.append(row)
     if not complete:
         return None, unfinished
-    found, kept = [rows[index] for index in complete], ids[complete]
-    noise = _keys([places[row] for row in found], scaled.device).of_tokens(kept)
-    return Ranked(found, best[complete] + noise, kept), unfinished
+    return Contenders([rows[index] for index in complete], best[complete], ids[complete]), unfinished
 
 
 def _crowded(best: torch.Tensor, top_k: int) -> bool:
     """Whether top_k, ties included, may reach past the candidates."""
     return top_k > 0 and (top_k >= len(best) or float(best[top_k - 1]) <= float(best[-1]))
-
-
-def _keys(places: list[Place], device: torch.device) -> NoiseKeys:
-    return NoiseKeys(
-        [place.params.seed for place in places],
-        [place.sequence.index for place in places],
-        [place.number for place in places],
-        device,
-    )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.messages import TokenLogprobs
-from engine.sampling.ranking import NOT_FINITE, RowError, is_random, processed, ranked
+from engine.sampling.ranking import NOT_FINITE, RowError, contenders, is_random, processed
 
 if TYPE_CHECKING:
     from engine.sampling.places import Place
@@ -35,8 +35,8 @@ def sample(logits: torch.Tensor, places: list[Place]) -> Drawn:
     chosen: list[int] = tokens.tolist()
     random = [row for row, place in enumerate(places) if is_random(place) and row not in errors]
     if random:
-        for group in ranked(values, random, places):
-            drawn = group.tokens(group.values.argmax(-1, keepdim=True)).view(-1).tolist()
+        for group in contenders(values, random, places):
+            drawn = group.tokens(group.noisy(places).argmax(-1, keepdim=True)).view(-1).tolist()
             for row, token in zip(group.rows, drawn, strict=True):
                 chosen[row] = token
     return Drawn(chosen, errors)
