@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from engine.decoding import METHODS
-from engine.drafting import AUTO, DRAFTERS
+from engine.drafting import AUTO, light_drafters
 from engine.drafting.costs import DraftCosts
 from engine.drafting.speculation import Speculation
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
@@ -21,6 +21,7 @@ from scheduler.types import FinishReason, Request
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from engine.drafting.guess import Drafter
     from engine.messages import Verified
     from engine.tiers.copier import Copier
     from scheduler.plan import Tier
@@ -35,8 +36,14 @@ class EngineCore:
     """A scheduler and a runner. Not thread-safe: one loop owns it."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, vocab_size: int, copier: Copier | None = None
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        vocab_size: int,
+        copier: Copier | None = None,
+        drafters: Mapping[str, Drafter] = MappingProxyType({}),
     ) -> None:
+        """`drafters`: those beside the light ones, by name."""
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
@@ -45,7 +52,9 @@ class EngineCore:
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
         self.step_times = StepTimes(scheduler.costs)
         draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
-        self.speculation = Speculation(scheduler, draft_costs, vocab_size)
+        everyone = light_drafters(vocab_size) | dict(drafters)
+        self.speculation = Speculation(scheduler, draft_costs, everyone, runner.tree_block)
+        runner.taps = self.speculation.taps
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
         self._waits_for_copies = False
@@ -168,11 +177,11 @@ class EngineCore:
         self,
         progress: Iterable[Progress],
         outcomes: Iterable[Outcome] = (),
-        verified: Mapping[int, Verified] = MappingProxyType({}),
+        verified: Mapping[int, tuple[Verified, ...]] = MappingProxyType({}),
     ) -> None:
         by_sequence = {outcome.advance.seq_id: outcome for outcome in outcomes}
         for news in progress:
-            outcome, drafts = by_sequence.pop(news.seq_id, None), verified.get(news.seq_id)
+            outcome, drafts = by_sequence.pop(news.seq_id, None), verified.get(news.seq_id, ())
             self._early.append(_output(news, outcome, drafts))
             if news.finish is not None:
                 self.runner.release(news.seq_id)
@@ -203,13 +212,13 @@ class EngineCore:
             wrong = f"a token id lies outside the vocabulary of {self.vocab_size}"
         elif request.method not in METHODS:
             wrong = f"unknown decoding method {request.method!r}"
-        elif request.drafter not in (AUTO, *DRAFTERS):
-            wrong = f"unknown drafter {request.drafter!r}"
+        elif request.drafter not in (AUTO, *self.speculation.drafters):
+            wrong = f"no drafter {request.drafter!r} is loaded"
         if wrong:
             raise RequestRefused(RefusalReason.INVALID, wrong)
 
 
-def _output(news: Progress, outcome: Outcome | None, verified: Verified | None) -> SequenceOutput:
+def _output(news: Progress, outcome: Outcome | None, verified: tuple[Verified, ...]) -> SequenceOutput:
     logprobs = None
     if outcome is not None and outcome.logprobs is not None:
         logprobs = outcome.logprobs[: len(news.tokens)]

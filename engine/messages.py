@@ -55,11 +55,16 @@ class TokenLogprobs(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """A line of drafts that the target has judged: its first `num_accepted` tokens stood."""
+    """Drafts of one drafter that the target has judged in one step: how many, and the depths (0: right after
+    the committed tokens) of those that stood."""
 
     drafter: str
     num_drafts: int
-    num_accepted: int
+    accepted: tuple[int, ...]
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.accepted)
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -79,7 +84,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached: int = 0  # prompt tokens served from the prefix cache
     first_scheduled_s: float | None = None  # monotonic clock; None while it waits
-    verified: Verified | None = None  # the drafts of this step, if it had any
+    verified: tuple[Verified, ...] = ()  # the drafts of this step, by drafter
 
 
 class StepOutput(msgspec.Struct, tag=True, frozen=True, gc=False):
@@ -109,6 +114,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True, gc=False):
     host_pages: int = 0
     disk_pages: int = 0
     costs: CostModel = CostModel()  # of steps, measured on this machine or given
+    drafters: tuple[str, ...] = ()  # those that requests may name, beside "auto"
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True, gc=False):

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from scheduler.scheduler import Scheduler
 
 
+class Computed(NamedTuple):
+    """What drafters learn from a slice; see `engine.drafting.guess.Seen`. The tensors live as long as the
+    step."""
+
+    features: tuple[torch.Tensor, ...]
+    drawn: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    logits: torch.Tensor | None = None
+
+
 class Outcome(NamedTuple):
     """What a step made of one slice: the advance, and the log-probabilities that somebody asked for."""
 
@@ -28,15 +38,16 @@ class Outcome(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per committed token
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     refused: bool = False  # with an error: the request is at fault
-    drawn: tuple[int, ...] = ()  # the target's own sample after each of the slice's last rows
+    seen: Computed | None = None  # None where the slice has failed
 
 
 class _Work(NamedTuple):
-    """One slice and its rows of the step's logits."""
+    """One slice, its rows of the batch and of the step's logits."""
 
     piece: Slice
     sequence: Sequence
     first: int  # its first row in the logits
+    features: tuple[torch.Tensor, ...]
     num_scored: int = 0  # leading rows that score known prompt tokens
     places: tuple[Place, ...] = ()  # rows after them, to be sampled
 
@@ -51,6 +62,7 @@ class Runner:
         self.storage = storage
         self.batches = batches
         self.scheduler = scheduler
+        self.taps: tuple[int, ...] = ()  # hidden states that drafters want to see
         self.methods: dict[int, DecodingMethod] = {}
         self.processors: dict[int, LogitsProcessor] = {}
 
@@ -58,6 +70,11 @@ class Runner:
     def row_multiple(self) -> int:
         """Rows are computed in blocks of so many."""
         return self.batches.ops.row_multiple
+
+    @property
+    def tree_block(self) -> int:
+        """A window that is a tree must lie within one block of so many slots."""
+        return self.batches.ops.tree_block
 
     def release(self, seq_id: int) -> None:
         self.methods.pop(seq_id, None)
@@ -73,10 +90,9 @@ class Runner:
         if self.storage.tainted and (pages := self._fresh_pages(plan)):
             self.storage.clear(pages)
         batch = self.batches.build(plan)
-        logits = self.model.forward(batch.rows, self.storage)
-        works = [
-            self._work(piece, first) for piece, first in zip(plan.slices, batch.first_logits, strict=True)
-        ]
+        hidden, tapped = self.model.compute(batch.rows, self.storage, self.taps)
+        logits = self.model.logits(hidden, batch.rows.wanted)
+        works = self._works(plan, batch.first_logits, tapped)
         places = [place for work in works for place in work.places]
         rows = [row for work in works for row in _sampled_rows(work)]
         chosen_logits = logits if len(rows) == len(logits) else logits[rows]
@@ -86,7 +102,18 @@ class Runner:
         for work in works:
             outcomes.append(self._outcome(work, logits, drawn, used))
             used += len(work.places)
+        self._gather_kept(plan, outcomes)
         return tuple(outcomes)
+
+    def _gather_kept(self, plan: StepPlan, outcomes: list[Outcome]) -> None:
+        """A path through a tree lies in scattered slots: its KV moves to where it is looked for."""
+        moves = []
+        for piece, outcome in zip(plan.slices, outcomes, strict=True):
+            kept = outcome.seen.kept if outcome.seen is not None else ()
+            if kept and kept[-1] >= len(kept):
+                moves.append((piece.seq_id, piece.start + len(piece.tokens) - piece.num_window, kept))
+        if moves:
+            self.batches.move(self.storage, moves)
 
     def _fresh_pages(self, plan: StepPlan) -> list[int]:
         """Pages whose first slot is computed now or later; those before hold what was found, or are void."""
@@ -98,30 +125,36 @@ class Runner:
             if entry // num_groups * size >= piece.start
         ]
 
-    def _work(self, piece: Slice, first: int) -> _Work:
+    def _works(
+        self, plan: StepPlan, first_logits: tuple[int, ...], tapped: tuple[torch.Tensor, ...]
+    ) -> list[_Work]:
+        works, row = [], 0
+        for piece, first in zip(plan.slices, first_logits, strict=True):
+            end = row + len(piece.tokens)
+            works.append(self._work(piece, first, tuple(tap[row:end] for tap in tapped)))
+            row = end
+        return works
+
+    def _work(self, piece: Slice, first: int, features: tuple[torch.Tensor, ...]) -> _Work:
         sequence = self.scheduler.sequence(piece.seq_id)
-        if not piece.num_logits:
-            return _Work(piece, sequence, first)
         end = piece.start + len(piece.tokens)
         committed = len(sequence.tokens)
-        places: tuple[Place, ...] = ()
-        if end == committed + piece.num_window:
-            # A row after the last committed token, if it is computed now, and one after each window token.
-            drafts = piece.tokens[len(piece.tokens) - piece.num_window :]
-            first_count = 0 if piece.start < committed else 1
-            processor = self._processor(sequence)
-            places = tuple(
-                Place(sequence, drafts[:count], processor)
-                for count in range(first_count, piece.num_window + 1)
-            )
-        return _Work(piece, sequence, first, piece.num_logits - len(places), places)
+        if not piece.num_logits or end != committed + piece.num_window:
+            return _Work(piece, sequence, first, features, piece.num_logits)
+        # A row after the last committed token, if it is computed now, and one after each window token.
+        paths = _paths(sequence.window) if piece.num_window else [()]
+        processor = self.processor_of(sequence)
+        begin = 0 if piece.start < committed else 1
+        places = tuple(Place(sequence, path, processor) for path in paths[begin:])
+        return _Work(piece, sequence, first, features, piece.num_logits - len(places), places)
 
     def _outcome(self, work: _Work, logits: torch.Tensor, drawn: Drawn, used: int) -> Outcome:
         piece, sequence = work.piece, work.sequence
         scored = self._score_prompt(work, logits)
         known = len(piece.tokens) - piece.num_window
         if not work.places:
-            return Outcome(Advance(piece.seq_id, (), known, sequence.window), prompt_logprobs=scored)
+            advance = Advance(piece.seq_id, (), known, sequence.window)
+            return Outcome(advance, prompt_logprobs=scored, seen=Computed(work.features))
         if drawn.errors:
             for row in range(used, used + len(work.places)):
                 if (error := drawn.errors.get(row)) is not None:
@@ -134,10 +167,11 @@ class Runner:
         advance = Advance(
             seq_id=piece.seq_id,
             committed=decision.committed,
-            num_valid=known + decision.num_window_kept,
+            num_valid=known + len(decision.kept),
             window=self._bounded(sequence, decision),
         )
-        return Outcome(advance, _logprobs(sequence, draws, decision), scored, drawn=tokens)
+        seen = Computed(work.features, tokens, decision.kept, draws.logits)
+        return Outcome(advance, _logprobs(sequence, draws, decision), scored, seen=seen)
 
     def _method(self, sequence: Sequence) -> DecodingMethod:
         method = self.methods.get(sequence.seq_id)
@@ -145,7 +179,8 @@ class Runner:
             method = self.methods[sequence.seq_id] = METHODS[sequence.request.method]()
         return method
 
-    def _processor(self, sequence: Sequence) -> LogitsProcessor | None:
+    def processor_of(self, sequence: Sequence) -> LogitsProcessor | None:
+        """What the sequence's request asks of its logits; None where it asks nothing."""
         found = self.processors.get(sequence.seq_id)
         if found is None and needs_processing(sequence.request.sampling):
             found = LogitsProcessor(sequence, self.model.config.vocab_size, self.batches.device)
@@ -168,6 +203,15 @@ class Runner:
         return tuple(logprobs_of(logits[work.first : work.first + work.num_scored], targets, count))
 
 
+def _paths(window: Window) -> list[tuple[int, ...]]:
+    """The window's tokens that stand between the committed ones and each row: after the last committed
+    token, then after each token of the window."""
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(window.tokens, window.parents, strict=True):
+        paths.append((*paths[parent + 1], token))
+    return paths
+
+
 def _sampled_rows(work: _Work) -> range:
     begin = work.first + work.num_scored
     return range(begin, begin + len(work.places))
@@ -179,5 +223,9 @@ def _logprobs(sequence: Sequence, draws: Draws, decision: Decision) -> tuple[Tok
         return None
     if not decision.committed:
         return ()
-    logits = draws.logits[: len(decision.committed)] if decision.logits is None else decision.logits
+    logits = decision.logits
+    if logits is None and decision.kept == tuple(range(len(decision.kept))):
+        logits = draws.logits[: len(decision.committed)]
+    elif logits is None:
+        logits = draws.logits[[0, *(draft + 1 for draft in decision.kept)]]
     return tuple(logprobs_of(logits, list(decision.committed), count))

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 class Candidate(NamedTuple):
-    """A line of drafts for one sequence: `chances[d]` that the first d + 1 of them are all accepted."""
+    """Drafts for one sequence: `chances[k]` that draft k stands, and so everything that it follows. A draft
+    comes after the one that it follows and has no greater chance."""
 
     seq_id: int
     chances: tuple[float, ...]
@@ -39,8 +40,11 @@ class StepEconomy:
         return self.block_s * blocks + self.draft_s * num_drafts
 
 
-def grant(candidates: SequenceOf[Candidate], economy: StepEconomy, max_drafts: int) -> dict[int, int]:
-    """How many leading drafts of each line to compute, by sequence; lines that get none are left out.
+def grant(
+    candidates: SequenceOf[Candidate], economy: StepEconomy, max_drafts: int
+) -> dict[int, tuple[int, ...]]:
+    """Which drafts to compute, by sequence, in their order; sequences that get none are left out. With a
+    draft comes everything that it follows.
 
     The likeliest first; of all beginnings of that order the one with the most expected tokens per second.
     """
@@ -52,10 +56,10 @@ def grant(candidates: SequenceOf[Candidate], economy: StepEconomy, max_drafts: i
         rate = expected / (economy.step_s + economy.added_s(number))
         if rate > best_rate:
             best, best_rate = number, rate
-    granted: dict[int, int] = {}
-    for _, _, seq_id in ordered[:best]:
-        granted[seq_id] = granted.get(seq_id, 0) + 1
-    return granted
+    granted: dict[int, list[int]] = {}
+    for _, before, seq_id in ordered[:best]:
+        granted.setdefault(seq_id, []).append(-before)
+    return {seq_id: tuple(sorted(drafts)) for seq_id, drafts in granted.items()}
 
 
 def may_pay(economy: StepEconomy, max_drafts: int) -> bool:
@@ -71,9 +75,9 @@ def may_pay(economy: StepEconomy, max_drafts: int) -> bool:
 
 
 def _entries(candidates: Iterable[Candidate]) -> list[tuple[float, int, int]]:
-    """(chance, - depth, sequence) of every draft: of a line the earlier ones sort before the later ones."""
+    """(chance, - number, sequence) of every draft: the earlier of two equal ones sorts before the later."""
     return [
-        (chance, -depth, candidate.seq_id)
+        (chance, -number, candidate.seq_id)
         for candidate in candidates
-        for depth, chance in enumerate(candidate.chances)
+        for number, chance in enumerate(candidate.chances)
     ]

@@ -154,8 +154,8 @@ class Metrics:
         now = self._clock()
         for output in step.outputs:
             self._observe_output(output, now)
-            if output.verified is not None:
-                self._spec_decode.count(output.verified)
+            for verified in output.verified:
+                self._spec_decode.count(verified)
         tokens = step.num_prompt_tokens + sum(len(output.tokens) for output in step.outputs)
         if tokens:
             self._iteration_tokens.observe(tokens)

@@ -16,7 +16,7 @@ class SpecDecodeMetrics:
     def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
         self._model = model_name
         self._drafts = Counter(
-            "vllm:spec_decode_num_drafts", "Lines of drafts that were verified.", LABELS, registry=registry
+            "vllm:spec_decode_num_drafts", "Steps that verified drafts.", LABELS, registry=registry
         )
         self._tokens = Counter(
             "vllm:spec_decode_num_draft_tokens", "Drafts that were verified.", LABELS, registry=registry
@@ -26,7 +26,7 @@ class SpecDecodeMetrics:
         )
         self._per_place = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Drafts that stood, by their place in the line.",
+            "Drafts that stood, by how many they followed.",
             (*LABELS, "position"),
             registry=registry,
         )
@@ -36,5 +36,5 @@ class SpecDecodeMetrics:
         self._drafts.labels(*labels).inc()
         self._tokens.labels(*labels).inc(verified.num_drafts)
         self._accepted.labels(*labels).inc(verified.num_accepted)
-        for place in range(verified.num_accepted):
-            self._per_place.labels(*labels, str(place)).inc()
+        for depth in verified.accepted:
+            self._per_place.labels(*labels, str(depth)).inc()

@@ -22,7 +22,7 @@ class Draws(NamedTuple):
     nothing was committed since (`after_last` is False).
 
     tokens[r] is the target's own sample after row r, with the noise of that place: what plain decoding
-    would commit there, if the window tokens before it were right.
+    would commit there, if the window tokens that row r follows were right.
     """
 
     after_last: bool
@@ -37,14 +37,15 @@ class Draws(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Tokens to commit, how many leading window slots keep their KV, and what is to be computed next.
+    """Tokens to commit, which of the window's tokens keep their KV (those of the first committed tokens,
+    in their order), and what is to be computed next.
 
-    `logits`, float32 [n, V], chose the committed tokens (for log-probabilities); None = the first n rows
-    of this step's draws did.
+    `logits`, float32 [n, V], chose the committed tokens (for log-probabilities); None = this step's draws
+    did: the row after the last committed token, then those of the `kept` ones.
     """
 
     committed: tuple[int, ...]
-    num_window_kept: int = 0
+    kept: tuple[int, ...] = ()
     window: Window = EMPTY_WINDOW
     logits: torch.Tensor | None = None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from engine.decoding.method import Decision, Draws
+from scheduler.types import EMPTY_WINDOW
 
 if TYPE_CHECKING:
     from scheduler.types import Sequence
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 class Speculative:
     def decide(self, sequence: Sequence, draws: Draws) -> Decision:
         assert draws.after_last, "drafts are offered with the last committed token still to be computed"
-        drafts = sequence.window.tokens if len(draws.tokens) > 1 else ()
-        agreed = 0
-        while agreed < len(drafts) and drafts[agreed] == draws.tokens[agreed]:
-            agreed += 1
-        return Decision(committed=draws.tokens[: agreed + 1], num_window_kept=agreed)
+        window = sequence.window if len(draws.tokens) > 1 else EMPTY_WINDOW
+        draft_of = {
+            place: draft for draft, place in enumerate(zip(window.parents, window.tokens, strict=True))
+        }
+        committed = [draws.tokens[0]]
+        kept: list[int] = []
+        at = -1
+        while (draft := draft_of.get((at, committed[-1]))) is not None:
+            kept.append(draft)
+            committed.append(draws.tokens[draft + 1])
+            at = draft
+        return Decision(committed=tuple(committed), kept=tuple(kept))

@@ -1,4 +1,4 @@
-"""Drafters by name: the registry is the only place that lists them."""
+"""Drafters by name, and which of them need nothing but a vocabulary's size."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from engine.drafting.prompt_lookup import PromptLookup
 from engine.drafting.recycling import Recycling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from engine.drafting.guess import Drafter
 
-AUTO = "auto"  # whichever is expected to guess most
+AUTO = "auto"  # whichever are expected to gain anything
+LIGHT = ("prompt_lookup", "past_outputs", "recycling", "lookahead")  # a guess takes microseconds
 
-DRAFTERS: dict[str, Callable[[int], Drafter]] = {  # of a vocabulary's size
-    "prompt_lookup": lambda _: PromptLookup(),
-    "past_outputs": lambda _: PastOutputs(),
-    "recycling": Recycling,
-    "lookahead": lambda _: Lookahead(),
-}
+
+def light_drafters(vocab_size: int) -> dict[str, Drafter]:
+    return {
+        "prompt_lookup": PromptLookup(),
+        "past_outputs": PastOutputs(),
+        "recycling": Recycling(vocab_size),
+        "lookahead": Lookahead(),
+    }

@@ -1,7 +1,7 @@
-"""How likely a draft is to be accepted, learned from what was: per drafter and evidence, and per request.
+"""How likely a draft is to be accepted, learned from what was: per drafter and kind, and per request.
 
-Counts decay, so what was learned follows the traffic. A request's own experience outweighs what others had
-as it grows.
+Counts decay, so what was learned follows the traffic. What a request's own drafts did, against what was
+expected of them, scales what is expected of its next ones.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from engine.drafting.guess import ROOT
+
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from engine.drafting.guess import Guess
 
-DECAY = 0.995  # of what is known of a class, with each trial
+DECAY = 0.995  # of what is known of a kind, with each trial
 OWN_DECAY = 0.9  # of what is known of a request
-OWN_WEIGHT = 4.0  # trials of a request that weigh as much as all that is known of the class
+OWN_WEIGHT = 4.0  # expected successes of a request that weigh as much as all that is known of the kind
 PRIOR_TRIALS = 4.0
-PRIOR_CHANCE = 0.6  # hopeful: what is never tried is never learned
-FIRST, EARLY, LATE = 0, 1, 2  # depths: 0; 1 to 3; 4 and more
+SUREST = 0.98
 
 
 @dataclass(slots=True)
 class Tally:
-    """Decayed counts of trials and successes."""
+    """Decayed counts: successes, and trials or what was expected of them."""
 
     trials: float = 0.0
     successes: float = 0.0
 
-    def note(self, success: bool, decay: float) -> None:
-        self.trials = self.trials * decay + 1.0
+    def note(self, expected: float, success: bool, decay: float) -> None:
+        self.trials = self.trials * decay + expected
         self.successes = self.successes * decay + success
 
 
@@ -36,39 +39,36 @@ class Acceptance:
     """Keys of drafters are their names; of requests, sequence numbers."""
 
     def __init__(self) -> None:
-        self._classes: dict[tuple[str, int, int], Tally] = {}  # drafter, evidence, depth class
+        self._kinds: dict[tuple[str, int], Tally] = {}
         self._own: dict[int, dict[str, Tally]] = {}
 
-    def chances(self, seq_id: int, drafter: str, guess: Guess) -> tuple[float, ...]:
-        """The chance of each prefix of the line to be accepted whole."""
-        chance, chances = 1.0, []
-        by_depth = [self._chance(seq_id, drafter, guess.evidence, depth) for depth in (FIRST, EARLY, LATE)]
-        for depth in range(len(guess.tokens)):
-            chance *= by_depth[_depth_class(depth)]
-            chances.append(chance)
-        return tuple(chances)
+    def chances(self, seq_id: int, drafter: str, guess: Guess) -> list[float]:
+        """Of each draft: the chance that it stands if the one that it follows does."""
+        kinds = self._kinds
+        own = self._own.get(seq_id, {}).get(drafter)
+        scale = (OWN_WEIGHT + own.successes) / (OWN_WEIGHT + own.trials) if own else 1.0
+        chances = []
+        for kind, belief in zip(guess.kinds, guess.beliefs, strict=True):
+            known = kinds.get((drafter, kind))
+            chance = belief
+            if known is not None:
+                chance = (known.successes + PRIOR_TRIALS * belief) / (known.trials + PRIOR_TRIALS)
+            chances.append(min(SUREST, chance * scale))
+        return chances
 
-    def note(self, seq_id: int, drafter: str, evidence: int, num_drafts: int, num_accepted: int) -> None:
-        """Of `num_drafts` that were verified the first `num_accepted` stood."""
+    def note(self, seq_id: int, drafter: str, guess: Guess, stood: Collection[int]) -> None:
+        """Of the drafts of a guess, all of them verified, those numbered `stood` were right."""
         own = self._own.setdefault(seq_id, {}).setdefault(drafter, Tally())
-        for depth in range(min(num_drafts, num_accepted + 1)):
-            accepted = depth < num_accepted
-            key = (drafter, evidence, _depth_class(depth))
-            self._classes.setdefault(key, Tally()).note(accepted, DECAY)
-            own.note(accepted, OWN_DECAY)
+        for draft, (parent, kind, belief) in enumerate(
+            zip(guess.parents, guess.kinds, guess.beliefs, strict=True)
+        ):
+            if parent != ROOT and parent not in stood:
+                continue  # what would have followed is not known
+            success = draft in stood
+            known = self._kinds.setdefault((drafter, kind), Tally())
+            general = (known.successes + PRIOR_TRIALS * belief) / (known.trials + PRIOR_TRIALS)
+            own.note(general, success, OWN_DECAY)
+            known.note(1.0, success, DECAY)
 
     def release(self, seq_id: int) -> None:
         self._own.pop(seq_id, None)
-
-    def _chance(self, seq_id: int, drafter: str, evidence: int, depth: int) -> float:
-        known = self._classes.get((drafter, evidence, depth)) or Tally()
-        successes = known.successes + PRIOR_TRIALS * PRIOR_CHANCE
-        general = successes / (known.trials + PRIOR_TRIALS)
-        own = self._own.get(seq_id, {}).get(drafter)
-        if own is None:
-            return general
-        return (general * OWN_WEIGHT + own.successes) / (OWN_WEIGHT + own.trials)
-
-
-def _depth_class(depth: int) -> int:
-    return FIRST if depth == 0 else EARLY if depth < 4 else LATE

@@ -44,6 +44,17 @@ def line(tokens: SequenceOf[int], kinds: SequenceOf[int], belief: float) -> Gues
     return Guess(tuple(tokens), tuple(range(ROOT, count - 1)), tuple(kinds), (belief,) * count)
 
 
+def take(guess: Guess, drafts: SequenceOf[int]) -> Guess:
+    """Some drafts of a guess, in their order, and with each the one that it follows."""
+    number = {ROOT: ROOT} | {draft: index for index, draft in enumerate(drafts)}
+    return Guess(
+        tuple(guess.tokens[draft] for draft in drafts),
+        tuple(number[guess.parents[draft]] for draft in drafts),
+        tuple(guess.kinds[draft] for draft in drafts),
+        tuple(guess.beliefs[draft] for draft in drafts),
+    )
+
+
 class Seen(NamedTuple):
     """What a step has computed of one sequence, which is as it was before the step.
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.drafting.guess import NO_GUESS, Guess
+from engine.drafting.guess import ROOT, line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from engine.drafting.guess import Guess, Seen, Want
     from scheduler.types import Sequence
 
 WIDTH = 7  # places of the trajectory: with the last token they fill a block of 8 rows
 NGRAM = 5
-POOL, TRAJECTORY = 0, 1  # evidence
+POOL, TRAJECTORY = 0, 1  # where a draft comes from
+BELIEF = 0.4
 
 
 @dataclass(slots=True)
@@ -29,31 +31,54 @@ class _State:
 
 
 class Lookahead:
+    taps: tuple[int, ...] = ()
+
     def __init__(self) -> None:
         self._states: dict[int, _State] = {}
 
-    def guess(self, sequence: Sequence, limit: int) -> Guess:
+    def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
+        return [self._guess(want) for want in wants]
+
+    def _guess(self, want: Want) -> Guess:
+        sequence = want.sequence
         state = self._states.get(sequence.seq_id)
         if state is None:  # any guess will do to begin with; the latest tokens often recur
             state = self._states[sequence.seq_id] = _State(tuple(sequence.tokens[-WIDTH:]))
         pooled = state.pool.get(sequence.tokens[-1])
-        if pooled:
-            return Guess(pooled[:limit], POOL)
-        return Guess(state.trajectory[:limit], TRAJECTORY) if state.trajectory else NO_GUESS
+        tokens, source = (pooled, POOL) if pooled else (state.trajectory, TRAJECTORY)
+        kinds = [2 * min(depth, 4) + source for depth in range(len(tokens))]
+        return line(tokens[: want.limit], kinds[: want.limit], BELIEF)
 
-    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
-        """`computed[0]` is the last committed token, the others drafts; `drawn` is what followed each."""
-        state = self._states.get(sequence.seq_id)
-        if state is None:
-            return
-        agreed = 0
-        while agreed + 1 < len(computed) and computed[agreed + 1] == drawn[agreed]:
-            agreed += 1
-        ahead = tuple(drawn[agreed + 1 :])
-        for start in range(len(drawn) - 1):
-            state.pool[drawn[start]] = tuple(drawn[start + 1 : start + NGRAM])
-        fresh = ahead or state.trajectory[1:]
-        state.trajectory = (*fresh, *sequence.tokens[-WIDTH:])[:WIDTH]
+    def observe(self, seen: SequenceOf[Seen]) -> None:
+        for one in seen:
+            state = self._states.get(one.sequence.seq_id)
+            if state is not None and one.drawn:
+                _learn(state, one)
 
     def release(self, sequence: Sequence) -> None:
         self._states.pop(sequence.seq_id, None)
+
+
+def _learn(state: _State, seen: Seen) -> None:
+    """What the target said along the drafts that go deepest, on from those that stood."""
+    drafts = seen.tokens[len(seen.tokens) - len(seen.parents) :]
+    path = _longest_path(seen)
+    drawn = [seen.drawn[draft + 1] for draft in (ROOT, *path)]
+    for start in range(len(drawn) - 1):
+        state.pool[drawn[start]] = tuple(drawn[start + 1 : start + NGRAM])
+    agreed = 0
+    while agreed < len(path) and drafts[path[agreed]] == drawn[agreed]:
+        agreed += 1
+    fresh = tuple(drawn[agreed + 1 :]) or state.trajectory[1:]
+    state.trajectory = (*fresh, *seen.sequence.tokens[-WIDTH:])[:WIDTH]
+
+
+def _longest_path(seen: Seen) -> list[int]:
+    """From the last draft that stood as deep as drafts go, and from the root to it."""
+    path = list(seen.kept)
+    at = path[-1] if path else ROOT
+    for draft in range(at + 1, len(seen.parents)):
+        if seen.parents[draft] == at:
+            path.append(draft)
+            at = draft
+    return path

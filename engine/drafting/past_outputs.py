@@ -15,27 +15,33 @@ from engine.drafting.ngrams import NgramIndex
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-    from engine.drafting.guess import Guess
+    from engine.drafting.guess import Guess, Seen, Want
     from scheduler.types import Sequence
 
 SEPARATOR = -1  # no token: a guess never runs from one output into the next
 
 
 class PastOutputs:
+    taps: tuple[int, ...] = ()
+
     def __init__(self, max_tokens: int = 2**18) -> None:
         self.max_tokens = max_tokens
         self._stores: OrderedDict[str, list[NgramIndex]] = OrderedDict()  # salt -> parts, the newest last
         self.num_tokens = 0
 
-    def guess(self, sequence: Sequence, limit: int) -> Guess:
+    def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
+        return [self._guess(want) for want in wants]
+
+    def _guess(self, want: Want) -> Guess:
+        """Of the salt's parts the one in which the longest ending was found, the newest of a tie."""
         best = NO_GUESS
-        for index in self._stores.get(sequence.request.cache_salt, ()):
-            found = _within_one_output(index.guess(sequence.tokens, limit))
-            if found.tokens and (not best.tokens or found.evidence >= best.evidence):
+        for index in self._stores.get(want.sequence.request.cache_salt, ()):
+            found = index.guess(want.sequence.tokens, want.limit, stop=SEPARATOR)
+            if found.tokens and (not best.tokens or found.kinds[0] >= best.kinds[0]):
                 best = found
         return best
 
-    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
+    def observe(self, seen: SequenceOf[Seen]) -> None:
         """Committed tokens say all."""
 
     def release(self, sequence: Sequence) -> None:
@@ -59,9 +65,3 @@ class PastOutputs:
         self.num_tokens -= len(parts.pop(0).tokens)
         if not parts:
             del self._stores[salt]
-
-
-def _within_one_output(guess: Guess) -> Guess:
-    if SEPARATOR not in guess.tokens:
-        return guess
-    return guess._replace(tokens=guess.tokens[: guess.tokens.index(SEPARATOR)])

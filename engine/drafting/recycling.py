@@ -11,38 +11,47 @@ from array import array
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from engine.drafting.guess import Guess
+from engine.drafting.guess import line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from engine.drafting.guess import Guess, Seen, Want
     from scheduler.types import Sequence
 
 UNKNOWN = -1
 MAX_TABLES = 16  # salts; the one least recently used goes first
 LONGEST = 8  # a chain of single candidates is hardly ever right for longer
-TOLD_TWICE = 1  # evidence: the target said the same after this token the time before
+BELIEF = 0.4
+TOLD_TWICE = 1  # the target said the same after this token the time before
 
 
 class Recycling:
+    taps: tuple[int, ...] = ()
+
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._tables: OrderedDict[str, tuple[array[int], bytearray]] = OrderedDict()
 
-    def guess(self, sequence: Sequence, limit: int) -> Guess:
-        table, steady = self._table(sequence)
-        tokens: list[int] = []
-        token = sequence.tokens[-1]
-        evidence = TOLD_TWICE if steady[token] else 0
-        while len(tokens) < min(limit, LONGEST) and (token := table[token]) != UNKNOWN:
-            tokens.append(token)
-        return Guess(tuple(tokens), evidence)
+    def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
+        return [self._guess(want) for want in wants]
 
-    def observe(self, sequence: Sequence, computed: SequenceOf[int], drawn: SequenceOf[int]) -> None:
-        table, steady = self._table(sequence)
-        for token, following in zip(computed, drawn, strict=True):
-            steady[token] = table[token] == following
-            table[token] = following
+    def _guess(self, want: Want) -> Guess:
+        table, steady = self._table(want.sequence)
+        tokens: list[int] = []
+        token = want.sequence.tokens[-1]
+        told = TOLD_TWICE if steady[token] else 0
+        while len(tokens) < min(want.limit, LONGEST) and (token := table[token]) != UNKNOWN:
+            tokens.append(token)
+        return line(tokens, [2 * min(depth, 4) + told for depth in range(len(tokens))], BELIEF)
+
+    def observe(self, seen: SequenceOf[Seen]) -> None:
+        for one in seen:
+            if one.drawn:
+                table, steady = self._table(one.sequence)
+                for token, following in zip(one.tokens[-len(one.drawn) :], one.drawn, strict=True):
+                    steady[token] = table[token] == following
+                    table[token] = following
 
     def release(self, sequence: Sequence) -> None:
         """What was learned of it stays."""

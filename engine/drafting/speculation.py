@@ -1,95 +1,206 @@
 """Between two steps: drafts for every sequence that wants them, as many as pay.
 
-    drafters guess -> chances by what was accepted before -> the scheduler grants -> windows
+    whom to ask (yields) -> guesses -> chances by what was accepted before -> one tree for each sequence
+    -> the scheduler grants -> windows
 
-and after the step, what was accepted teaches the chances, and the step's time the cost of a draft.
+and after the step, what was accepted teaches the chances and the yields, and the step's time the cost of a
+draft.
 """
 
 from __future__ import annotations
 
+import time
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.drafting import AUTO, DRAFTERS
+from engine.drafting import AUTO, LIGHT
 from engine.drafting.acceptance import Acceptance
-from engine.drafting.guess import NO_GUESS, Guess
-from engine.messages import Verified
+from engine.drafting.draft_tree import DraftTree, Proposal
+from engine.drafting.guess import Seen, Want
+from engine.drafting.yields import Yields
 from scheduler.speculation import Candidate, grant, may_pay
-from scheduler.types import Window
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+    from collections.abc import Sequence as SequenceOf
 
     from engine.drafting.costs import DraftCosts
     from engine.drafting.guess import Drafter
+    from engine.messages import Verified
     from engine.runner import Outcome
     from scheduler.plan import StepPlan
     from scheduler.scheduler import Scheduler
     from scheduler.types import Sequence
 
 METHOD = "speculative"
-MAX_LINE = 24  # drafts for one sequence in one step
+MAX_DRAFTS = 32  # of a drafter for one sequence in one step
+MAX_TREE = 64  # nodes: a row says in one word which of them it sees
+TOGETHER = "light"  # those drafters that cost next to nothing, as one source
 
 
 class Offer(NamedTuple):
-    """What was offered to the scheduler for one sequence, and has not come back yet."""
+    """A sequence that somebody was asked to draft for before this step, and what was offered of it."""
 
-    drafter: str
-    evidence: int
-    tokens: tuple[int, ...]
+    tree: DraftTree
+    sources: tuple[str, ...]
+    drafts: tuple[int, ...] = ()
 
 
 class Speculation:
-    def __init__(self, scheduler: Scheduler, costs: DraftCosts, vocab_size: int) -> None:
+    """`tree_block`: a window that is a tree must lie within one block of so many slots."""
+
+    def __init__(
+        self, scheduler: Scheduler, costs: DraftCosts, drafters: Mapping[str, Drafter], tree_block: int
+    ) -> None:
         self.scheduler = scheduler
         self.costs = costs
-        self.drafters: dict[str, Drafter] = {name: make(vocab_size) for name, make in DRAFTERS.items()}
+        self.drafters = drafters
+        self.tree_block = tree_block
         self.acceptance = Acceptance()
-        self._offers: dict[int, Offer] = {}
-        self._met: dict[int, Sequence] = {}  # those that ever could have used drafts, while they live
+        self.yields = Yields()
+        self.taps = tuple(sorted(set(chain.from_iterable(one.taps for one in drafters.values()))))
+        self._asked: dict[int, Offer] = {}  # in this step
+        self._met: dict[int, Sequence] = {}  # those that drafters may know something of, while they live
+
+    # Before a plan
 
     def offer(self) -> None:
-        """Before a plan: give the sequences that can use one a window of drafts."""
+        """Give the sequences that can use one a window of drafts."""
+        self._asked.clear()
         ready = self.scheduler.draftable(METHOD)
         if not ready:
             return
-        self._met.update((sequence.seq_id, sequence) for sequence in ready)
         room = self.scheduler.room_for_drafts()
         if room:
-            self._offer_to(ready, room)
+            self._offer_to({one.seq_id: one for one in ready}, room)
 
-    def _offer_to(self, ready: list[Sequence], room: int) -> None:
+    def _offer_to(self, ready: dict[int, Sequence], room: int) -> None:
         economy = self.costs.economy(*self.scheduler.without_drafts())
-        if not may_pay(economy, min(room, MAX_LINE * len(ready))):
+        if not may_pay(economy, min(room, MAX_DRAFTS * len(ready))):
             return
-        guesses = {sequence.seq_id: self._best(sequence) for sequence in ready}
-        candidates = [Candidate(seq_id, chances) for seq_id, (_, _, chances) in guesses.items() if chances]
-        for seq_id, count in grant(candidates, economy, room).items():
-            name, guess, _ = guesses[seq_id]
-            tokens = guess.tokens[:count]
-            self._offers[seq_id] = Offer(name, guess.evidence, tokens)
-            self.scheduler.offer(seq_id, Window(tokens, tuple(range(count)), optional=True))
+        tokens_per_s = economy.num_committed / economy.step_s if economy.step_s else 0.0
+        proposals: dict[int, list[Proposal]] = {seq_id: [] for seq_id in ready}
+        sources: dict[int, list[str]] = {seq_id: [] for seq_id in ready}
+        for source, names in self._sources().items():
+            rivals = {
+                seq_id: sum(DraftTree(proposals[seq_id]).chances)
+                for seq_id, sequence in ready.items()
+                if any(_allows(sequence, name) for name in names) and self._limit(sequence) > 0
+            }
+            asked = self.yields.worth_asking(source, rivals, tokens_per_s) if rivals else []
+            if not asked:
+                continue
+            begun_s = time.perf_counter()
+            for name in names:
+                self._ask(name, [ready[seq_id] for seq_id in asked], proposals)
+            self.yields.took(source, len(asked), time.perf_counter() - begun_s)
+            for seq_id in asked:
+                sources[seq_id].append(source)
+        self._met.update(ready)
+        for seq_id, names in sources.items():
+            if names:
+                self._asked[seq_id] = Offer(DraftTree(proposals[seq_id]), tuple(names))
+        within = {
+            seq_id: offer.tree.within(self._tree_room(ready[seq_id])) for seq_id, offer in self._asked.items()
+        }
+        candidates = [
+            Candidate(seq_id, tuple(self._asked[seq_id].tree.chances[draft] for draft in drafts))
+            for seq_id, drafts in within.items()
+        ]
+        for seq_id, granted in grant(candidates, economy, room).items():
+            drafts = tuple(within[seq_id][place] for place in granted)
+            self._asked[seq_id] = self._asked[seq_id]._replace(drafts=drafts)
+            self.scheduler.offer(seq_id, self._asked[seq_id].tree.window(drafts))
 
-    def learn(self, plan: StepPlan, outcomes: Iterable[Outcome]) -> dict[int, Verified]:
-        """After a step, before its advances are applied: what became of its drafts, by sequence."""
-        verified: dict[int, Verified] = {}
-        if not self._met:
-            return verified
+    def _sources(self) -> dict[str, list[str]]:
+        """The cheap ones first, together; then the others, each for itself."""
+        light = [name for name in self.drafters if name in LIGHT]
+        return {TOGETHER: light} | {name: [name] for name in self.drafters if name not in LIGHT}
+
+    def _ask(self, name: str, sequences: list[Sequence], proposals: dict[int, list[Proposal]]) -> None:
+        wants = [Want(one, self._limit(one)) for one in sequences if _allows(one, name)]
+        if not wants:
+            return
+        for want, guess in zip(wants, self.drafters[name].guess(wants), strict=True):
+            if guess.tokens:
+                seq_id = want.sequence.seq_id
+                chances = self.acceptance.chances(seq_id, name, guess)
+                proposals[seq_id].append(Proposal(name, guess, chances))
+
+    def _limit(self, sequence: Sequence) -> int:
+        asked = sequence.request.max_draft_tokens or MAX_DRAFTS
+        return min(MAX_DRAFTS, asked, self.scheduler.most_drafts(sequence))
+
+    def _tree_room(self, sequence: Sequence) -> int:
+        left = self.tree_block - len(sequence.tokens) % self.tree_block
+        return min(MAX_TREE, left)
+
+    # After a step
+
+    def learn(self, plan: StepPlan, outcomes: Iterable[Outcome]) -> dict[int, tuple[Verified, ...]]:
+        """Before its advances are applied: what became of its drafts, by sequence."""
+        verified: dict[int, tuple[Verified, ...]] = {}
+        seen: list[Seen] = []
+        gains: dict[str, list[tuple[int, int]]] = {}
         pieces = {piece.seq_id: piece for piece in plan.slices}
         for outcome in outcomes:
-            advance, drawn = outcome.advance, outcome.drawn
-            sequence = self._met.get(advance.seq_id)
-            if sequence is None or not drawn:
+            computed, piece = outcome.seen, pieces[outcome.advance.seq_id]
+            sequence = self.scheduler.sequence(piece.seq_id)
+            if computed is None or sequence.request.method != METHOD:
                 continue
-            piece = pieces[advance.seq_id]
-            for drafter in self.drafters.values():
-                drafter.observe(sequence, piece.tokens[-len(drawn) :], drawn)
-            offer = self._offers.pop(advance.seq_id, None) if piece.num_window else None
-            if offer is not None:
-                accepted = len(advance.committed) - 1
-                num_drafts = len(offer.tokens)
-                self.acceptance.note(advance.seq_id, offer.drafter, offer.evidence, num_drafts, accepted)
-                verified[advance.seq_id] = Verified(offer.drafter, num_drafts, accepted)
+            offer = self._asked.get(piece.seq_id)
+            if offer is None and not (computed.drawn or self.taps):
+                continue
+            parents = sequence.window.parents if piece.num_window else ()
+            seen.append(
+                Seen(
+                    sequence,
+                    piece.start,
+                    piece.tokens,
+                    parents,
+                    computed.drawn,
+                    computed.kept,
+                    computed.features,
+                    computed.logits,
+                )
+            )
+            if offer is not None and len(offer.drafts) == piece.num_window:
+                stood = self._judge(piece.seq_id, offer, [offer.drafts[place] for place in computed.kept])
+                for source, count in stood.items():
+                    gains.setdefault(source, []).append((piece.seq_id, count))
+                if offer.drafts:
+                    path = [offer.drafts[place] for place in computed.kept]
+                    verified[piece.seq_id] = offer.tree.verified(offer.drafts, path)
+        for source, counts in gains.items():
+            self.yields.gained(source, counts)
+        if seen:
+            self._show(seen)
         return verified
+
+    def _judge(self, seq_id: int, offer: Offer, path: SequenceOf[int]) -> dict[str, int]:
+        """-> how many drafts of each source stood"""
+        drafts, stood = set(offer.drafts), set(path)
+        counts = dict.fromkeys(offer.sources, 0)
+        for number, proposal in enumerate(offer.tree.proposals):
+            guess, right = offer.tree.part_of(number, drafts, stood)
+            self.acceptance.note(seq_id, proposal.drafter, guess, right)
+            source = TOGETHER if proposal.drafter in LIGHT else proposal.drafter
+            counts[source] = max(counts[source], len(right))
+        return counts
+
+    def _show(self, seen: list[Seen]) -> None:
+        """To those who may draft for a sequence. Where nobody was asked, load is high: then the cheap ones,
+        which can do without, are told nothing."""
+        self._met.update((one.sequence.seq_id, one.sequence) for one in seen)
+        for name, drafter in self.drafters.items():
+            told = [one for one in seen if _allows(one.sequence, name)]
+            if name in LIGHT:
+                told = [one for one in told if one.drawn and one.sequence.seq_id in self._asked]
+            elif drafter.taps != self.taps:
+                places = [self.taps.index(tap) for tap in drafter.taps]
+                told = [one._replace(features=tuple(one.features[place] for place in places)) for one in told]
+            if told:
+                drafter.observe(told)
 
     def release(self, seq_id: int) -> None:
         """The sequence has ended; its tokens are final."""
@@ -99,19 +210,9 @@ class Speculation:
         for drafter in self.drafters.values():
             drafter.release(sequence)
         self.acceptance.release(seq_id)
-        self._offers.pop(seq_id, None)
+        self.yields.release(seq_id)
+        self._asked.pop(seq_id, None)
 
-    def _best(self, sequence: Sequence) -> tuple[str, Guess, tuple[float, ...]]:
-        """Of the drafters that the request allows, the one whose guess is expected to gain most."""
-        request = sequence.request
-        limit = min(MAX_LINE, request.max_draft_tokens or MAX_LINE, self.scheduler.most_drafts(sequence))
-        best: tuple[str, Guess, tuple[float, ...]] = ("", NO_GUESS, ())
-        if limit < 1:
-            return best
-        names = self.drafters if request.drafter == AUTO else (request.drafter,)
-        for name in names:
-            guess = self.drafters[name].guess(sequence, limit)
-            chances = self.acceptance.chances(sequence.seq_id, name, guess)
-            if sum(chances) > sum(best[2]):
-                best = (name, guess, chances)
-        return best
+
+def _allows(sequence: Sequence, drafter: str) -> bool:
+    return sequence.request.drafter in (AUTO, drafter)

@@ -126,14 +126,14 @@ def test_numbers_that_are_not_finite_end_one_sequence_and_poison_no_page(bad):
 def test_a_step_that_raises_ends_its_own_sequences_and_the_next_step_works(monkeypatch):
     core = tiny_core()
     alone = tokens_of(core, request("later", PROMPT, **GREEDY))["later", 0]
-    forward = core.runner.model.forward
-    monkeypatch.setattr(core.runner.model, "forward", lambda *_: 1 / 0)
+    compute = core.runner.model.compute
+    monkeypatch.setattr(core.runner.model, "compute", lambda *_: 1 / 0)
     core.handle(Submit(request("now", PROMPT, **GREEDY)))
     (output,) = core.step().outputs
     assert output.finish is FinishReason.ERROR
     assert output.error is not None
     assert "ZeroDivisionError" in output.error
-    monkeypatch.setattr(core.runner.model, "forward", forward)
+    monkeypatch.setattr(core.runner.model, "compute", compute)
     assert tokens_of(core, request("later", PROMPT, **GREEDY))["later", 0] == alone
 
 

@@ -42,7 +42,7 @@ class LineGuesser:
         return Decision(
             committed=committed,
             logits=logits[: agreed + 1],
-            num_window_kept=agreed,
+            kept=tuple(range(agreed)),
             window=self._guess(sequence.num_output + len(committed)),
         )
 

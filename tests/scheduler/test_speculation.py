@@ -30,15 +30,15 @@ def rate(chances: list[float], plan: StepEconomy) -> float:
 
 def test_likely_drafts_are_granted_and_hopeless_ones_are_not():
     sure, hopeless = Candidate(1, (0.9, 0.8, 0.7)), Candidate(2, (0.001,))
-    assert grant([sure, hopeless], economy(), 100) == {1: 3}
+    assert grant([sure, hopeless], economy(), 100) == {1: (0, 1, 2)}
     assert grant([hopeless], economy(), 100) == {}
     assert grant([], economy(), 100) == {}
 
 
 def test_padding_is_cheap_and_a_new_block_must_pay_for_itself():
     line = Candidate(1, (0.2,) * 24)
-    assert grant([line], economy(draft_s=0.0, block_s=0.03), 100) == {1: 7}
-    assert grant([line], economy(draft_s=0.0, block_s=0.0), 100) == {1: 24}
+    assert grant([line], economy(draft_s=0.0, block_s=0.03), 100) == {1: tuple(range(7))}
+    assert grant([line], economy(draft_s=0.0, block_s=0.0), 100) == {1: tuple(range(24))}
 
 
 def test_near_a_full_batch_nobody_speculates():
@@ -50,7 +50,7 @@ def test_near_a_full_batch_nobody_speculates():
 def test_no_more_than_there_is_room_for():
     lines = [Candidate(number, (0.99,) * 8) for number in range(4)]
     granted = grant(lines, economy(block_s=0.0, draft_s=0.0), 5)
-    assert sum(granted.values()) == 5
+    assert sum(map(len, granted.values())) == 5
     assert grant(lines, economy(), 0) == {} == grant(lines, economy(), -3)
 
 
@@ -73,8 +73,26 @@ def test_no_other_choice_of_prefixes_is_better(seed):
         )
         for counts in itertools.product(*(range(len(line.chances) + 1) for line in lines))
     )
-    chosen = [chance for line in lines for chance in line.chances[: granted.get(line.seq_id, 0)]]
+    chosen = [chance for line in lines for chance in line.chances[: len(granted.get(line.seq_id, ()))]]
     assert rate(chosen, plan) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_with_a_draft_comes_all_that_it_follows(seed):
+    rng = random.Random(seed)
+    trees = {}
+    for number in range(rng.randrange(1, 4)):
+        parents, chances = [], []
+        for draft in range(rng.randrange(1, 12)):
+            parents.append(rng.randrange(-1, draft))
+            before = chances[parents[-1]] if parents[-1] >= 0 else 1.0
+            chances.append(before * rng.choice([1.0, 0.5, 0.9]))
+        trees[number] = parents, Candidate(number, tuple(chances))
+    plan = economy(block_s=rng.random() * 0.02, draft_s=rng.random() * 0.01)
+    for number, drafts in grant([tree for _, tree in trees.values()], plan, rng.randrange(30)).items():
+        parents, _ = trees[number]
+        assert drafts == tuple(sorted(drafts))
+        assert all(parents[draft] in (-1, *drafts) for draft in drafts)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -104,6 +104,8 @@ class _Computing:
     """The runner's face, on a fake runner that knows every text; some steps raise."""
 
     row_multiple = 8
+    tree_block = 128
+    taps: tuple[int, ...] = ()
 
     def __init__(self, world: Protocol, fake: FakeRunner, scheduler: Scheduler) -> None:
         self._world = world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.drafting.guess import Want
 from engine.drafting.past_outputs import PastOutputs
 from engine.drafting.prompt_lookup import PromptLookup
 from scheduler.types import Request, Sequence
@@ -12,26 +13,30 @@ def sequence(prompt: list[int], output: list[int], salt: str = "", number: int =
     return Sequence(number, request, 0, [*prompt, *output])
 
 
+def guessed(drafter: PastOutputs | PromptLookup, after: Sequence, limit: int) -> tuple[int, ...]:
+    return drafter.guess([Want(after, limit)])[0].tokens
+
+
 def test_an_answer_is_guessed_again_from_the_end_of_its_prompt_on():
     past = PastOutputs()
     past.release(sequence([1, 2, 3, 4, 5], [10, 11, 12, 13]))
-    assert past.guess(sequence([9, 9, 4, 5], []), 3).tokens == (10, 11, 12)
-    assert past.guess(sequence([8], [10, 11]), 9).tokens == (12, 13)
+    assert guessed(past, sequence([9, 9, 4, 5], []), 3) == (10, 11, 12)
+    assert guessed(past, sequence([8], [10, 11]), 9) == (12, 13)
 
 
 def test_a_guess_never_runs_into_another_answer():
     past = PastOutputs()
     past.release(sequence([1], [10, 11]))
     past.release(sequence([2], [20, 21]))
-    assert past.guess(sequence([3], [10]), 9).tokens == (11,)
+    assert guessed(past, sequence([3], [10]), 9) == (11,)
 
 
 def test_nothing_is_found_under_another_salt():
     past = PastOutputs()
     past.release(sequence([1, 2], [10, 11, 12], salt="a"))
-    assert past.guess(sequence([1, 2], [], salt="b"), 3).tokens == ()
-    assert past.guess(sequence([1, 2], []), 3).tokens == ()
-    assert past.guess(sequence([1, 2], [], salt="a"), 3).tokens == (10, 11, 12)
+    assert guessed(past, sequence([1, 2], [], salt="b"), 3) == ()
+    assert guessed(past, sequence([1, 2], []), 3) == ()
+    assert guessed(past, sequence([1, 2], [], salt="a"), 3) == (10, 11, 12)
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
@@ -41,16 +46,16 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
         assert past.num_tokens <= 400
         kept = sum(len(index.tokens) for parts in past._stores.values() for index in parts)
         assert kept == past.num_tokens
-    assert past.guess(sequence([0], [1000 + 99 * 20], salt="s0"), 1).tokens
-    assert not past.guess(sequence([0], [1000], salt="s0"), 1).tokens
+    assert guessed(past, sequence([0], [1000 + 99 * 20], salt="s0"), 1)
+    assert not guessed(past, sequence([0], [1000], salt="s0"), 1)
 
 
 def test_prompts_are_indexed_while_there_is_room_and_again_when_others_have_ended():
     lookup = PromptLookup(max_tokens=20)
     first, second = (sequence([1, 2, 3, 4] * 3, [], number=number) for number in range(2))
-    assert lookup.guess(first, 2).tokens == (1, 2)
-    assert lookup.guess(second, 2).tokens == ()
+    assert guessed(lookup, first, 2) == (1, 2)
+    assert guessed(lookup, second, 2) == ()
     lookup.release(second)
     lookup.release(first)
     assert lookup.num_tokens == 0
-    assert lookup.guess(second, 2).tokens == (1, 2)
+    assert guessed(lookup, second, 2) == (1, 2)

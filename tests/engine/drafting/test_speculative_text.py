@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.drafting import DRAFTERS
+from engine.drafting import LIGHT
 from scheduler.types import FinishReason
 from tests.engine.tiny import abort, request, run, tiny_core
 
@@ -42,33 +42,29 @@ def plain():
     return {name: told(core, asked("autoregressive", sampling)) for name, sampling in SAMPLINGS.items()}
 
 
-@pytest.mark.parametrize("drafter", ["auto", *DRAFTERS])
+@pytest.mark.parametrize("drafter", ["auto", *LIGHT])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_every_drafter_gives_the_text_of_plain_decoding(name, drafter, plain):
-    core = tiny_core()
-    core.speculation.costs = Generous()
+    core = eager()
     for _ in range(2):  # the second time with prefix hits, and with the first answers known
         assert told(core, asked("speculative", SAMPLINGS[name], drafter=drafter)) == plain[name]
 
 
 @pytest.mark.parametrize("settings", [{"num_pages": 12}, {"max_num_seqs": 2}, {"max_num_batched_tokens": 16}])
 def test_also_where_pages_places_or_tokens_are_few(settings, plain):
-    core = tiny_core(**settings)
-    core.speculation.costs = Generous()
+    core = eager(**settings)
     for name in ("greedy", "hot"):
         assert told(core, asked("speculative", SAMPLINGS[name])) == plain[name]
 
 
 def test_methods_mix_in_one_batch(plain):
-    core = tiny_core()
-    core.speculation.costs = Generous()
+    core = eager()
     both = asked("autoregressive", SAMPLINGS["warm"])[::2] + asked("speculative", SAMPLINGS["warm"])[1::2]
     assert told(core, both) == plain["warm"]
 
 
 def test_choices_share_a_prompt_and_differ():
-    core = tiny_core()
-    core.speculation.costs = Generous()
+    core = eager()
     fields = {"num_choices": 3, "temperature": 0.9, "max_tokens": 30, "seed": 5}
     expected = run(core, request("a", PROMPTS[0], **fields))
     found = run(core, request("b", PROMPTS[0], method="speculative", **fields))
@@ -78,8 +74,7 @@ def test_choices_share_a_prompt_and_differ():
 
 
 def test_a_stop_in_the_middle_of_an_accepted_run_ends_there():
-    core = tiny_core()
-    core.speculation.costs = Generous()
+    core = eager()
     [(_, whole)] = run(core, request("a", PROMPTS[0], temperature=0.0, max_tokens=40)).items()
     stop = whole.tokens[25]
     at = whole.tokens.index(stop)
@@ -92,8 +87,7 @@ def test_a_stop_in_the_middle_of_an_accepted_run_ends_there():
 
 
 def test_drafts_are_accepted_and_save_steps():
-    core = tiny_core()
-    core.speculation.costs = Generous()
+    core = eager()
     fields = {"temperature": 0.0, "max_tokens": 40, "method": "speculative"}
     run(core, request("a", PROMPTS[0], **fields))
     before = core.scheduler._num_steps
@@ -102,8 +96,7 @@ def test_drafts_are_accepted_and_save_steps():
 
 
 def test_an_aborted_request_leaves_nothing_behind():
-    core = tiny_core()
-    core.speculation.costs = Generous()
+    core = eager()
     from engine.messages import Submit
 
     core.handle(Submit(request("a", PROMPTS[0], temperature=0.0, max_tokens=200, method="speculative")))
@@ -112,9 +105,18 @@ def test_an_aborted_request_leaves_nothing_behind():
     abort(core, "a")
     core.step()
     assert not core.speculation._met
-    assert not core.speculation._offers
+    assert not core.speculation._asked
     assert not core.speculation.acceptance._own
     assert all(not getattr(drafter, "_indices", {}) for drafter in core.speculation.drafters.values())
+
+
+def eager(**settings):
+    """A core in which every draft pays, and everybody is always asked."""
+    core = tiny_core(**settings)
+    core.speculation.costs = Generous()
+    core.speculation.yields.worth_asking = lambda name, rivals, tokens_per_s: list(rivals)
+    core.speculation.yields.took = core.speculation.yields.gained = lambda *_: None
+    return core
 
 
 class Generous:

@@ -61,13 +61,13 @@ class _Recorder:
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.rows: dict[str, list[torch.Tensor]] = {}
-        self._execute, self._forward = core.runner.execute, core.runner.model.forward
+        self._execute, self._compute_logits = core.runner.execute, core.runner.model.logits
         self._logits = torch.empty(0)
         core.runner.execute = self.execute
-        core.runner.model.forward = self.forward
+        core.runner.model.logits = self.logits
 
-    def forward(self, *arguments: object) -> torch.Tensor:
-        self._logits = self._forward(*arguments)
+    def logits(self, *arguments: object) -> torch.Tensor:
+        self._logits = self._compute_logits(*arguments)
         return self._logits
 
     def execute(self, plan: StepPlan) -> object:

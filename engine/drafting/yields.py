@@ -1,0 +1,115 @@
+"""Whether asking a drafter pays: what its drafts have gained of late against the time that guessing takes.
+
+Guessing happens between two steps and makes all of them wait. So a source of drafts is asked for those
+sequences only for which it is expected to gain more tokens than would be committed in the same time without
+it. Whoever is not asked is tried again after ever longer pauses, as traffic changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NEWEST_SHARE = 0.05  # in what is known of a source; more while little is known
+OWN_SHARE = 0.2  # in what is known of a sequence
+FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known: hopeful, so that it is tried
+RELAXING = 0.01  # of a sequence that gained less than others, back to what they gain, with each step
+FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
+FIRST_PAUSE, LONGEST_PAUSE = 8, 2048  # steps until a source that did not pay is tried again
+PROBED = 4  # sequences of a trial
+
+
+@dataclass(slots=True)
+class _CallTime:
+    """seconds = fixed + each * sequences, by least squares over the calls, the latest most."""
+
+    calls: float = 0.0
+    sequences: float = 0.0
+    squares: float = 0.0
+    seconds: float = 0.0
+    products: float = 0.0
+
+    def note(self, count: int, seconds: float) -> None:
+        self.calls = self.calls * FORGETTING + 1.0
+        self.sequences = self.sequences * FORGETTING + count
+        self.squares = self.squares * FORGETTING + count * count
+        self.seconds = self.seconds * FORGETTING + seconds
+        self.products = self.products * FORGETTING + count * seconds
+
+    def fixed_and_each(self) -> tuple[float, float]:
+        """Both at least 0. Where all calls were alike, all of their time counts as each sequence's."""
+        if not self.calls:
+            return 0.0, 0.0
+        spread = self.calls * self.squares - self.sequences**2
+        if spread <= 1e-6 * self.calls * self.squares:
+            return 0.0, self.seconds / self.sequences
+        each = (self.calls * self.products - self.sequences * self.seconds) / spread
+        each = min(max(0.0, each), self.seconds / self.sequences)
+        return (self.seconds - each * self.sequences) / self.calls, each
+
+
+@dataclass(slots=True)
+class _Source:
+    time: _CallTime = field(default_factory=_CallTime)
+    gain: float = FIRST_GAIN  # accepted drafts of a guess, whether any of it was computed or not
+    num_asked: int = 0
+    own: dict[int, float] = field(default_factory=dict)  # the same of each sequence
+    pause: int = FIRST_PAUSE
+    waits: int = 0  # steps until it is tried again; 0 while it pays
+
+    def relax(self, sequences: Iterable[int]) -> None:
+        """Who did not pay may pay later: a text changes."""
+        for seq_id in sequences:
+            if (before := self.own.get(seq_id)) is not None and before < self.gain:
+                self.own[seq_id] = before + RELAXING * (self.gain - before)
+
+
+class Yields:
+    """Of each source of drafts, by name: a drafter whose guesses cost a forward pass, or several whose cost
+    next to nothing together."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, _Source] = {}
+
+    def worth_asking(self, name: str, rivals: dict[int, float], tokens_per_s: float) -> list[int]:
+        """`rivals`: sequences that the source could be asked for, and the tokens that are expected of drafts
+        that are there already. `tokens_per_s`: of the step as it would be. -> those to ask it for"""
+        source = self._sources.setdefault(name, _Source())
+        fixed_s, each_s = source.time.fixed_and_each()
+        price, fixed_price = each_s * tokens_per_s, fixed_s * tokens_per_s
+        own, gain = source.own, source.gain
+        surplus = {seq_id: own.get(seq_id, gain) - rival - price for seq_id, rival in rivals.items()}
+        asked = [seq_id for seq_id, tokens in surplus.items() if tokens > 0]
+        if asked and sum(surplus[seq_id] for seq_id in asked) > fixed_price:
+            source.waits, source.pause = 0, FIRST_PAUSE
+            if len(asked) < len(surplus):
+                source.relax(surplus)
+            return asked
+        source.relax(surplus)
+        if not source.waits:
+            source.waits = source.pause
+        source.waits -= 1
+        if source.waits:
+            return []
+        source.pause = min(2 * source.pause, LONGEST_PAUSE)
+        return sorted(surplus, key=surplus.__getitem__)[-PROBED:]
+
+    def took(self, name: str, num_asked: int, seconds: float) -> None:
+        self._sources[name].time.note(num_asked, seconds)
+
+    def gained(self, name: str, asked: Iterable[tuple[int, int]]) -> None:
+        """(sequence, drafts accepted) of all that the source was asked for in this step."""
+        source = self._sources[name]
+        for seq_id, num_accepted in asked:
+            source.num_asked += 1
+            share = max(NEWEST_SHARE, 1 / (source.num_asked + 1))
+            before = source.own.get(seq_id, source.gain)
+            source.own[seq_id] = before + OWN_SHARE * (num_accepted - before)
+            source.gain += share * (num_accepted - source.gain)
+
+    def release(self, seq_id: int) -> None:
+        for source in self._sources.values():
+            source.own.pop(seq_id, None)
