@@ -1,0 +1,129 @@
+"""How a draft model with KV of its own keeps up with the sequences that it drafts for.
+
+Between two guesses a sequence grows, by drafts of this model or of others: what of the model's own tree
+stood stays in the KV, and the tokens that are missing are computed with the next guess. How many are is
+bounded, and who lacks least comes first: a long prompt is caught up with over several guesses, and delays
+nobody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from engine.drafting.draft_kv import TREE_SLOTS, DraftPiece
+from scheduler.types import Visibility
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from engine.drafting.draft_kv import DraftKV
+    from engine.drafting.growing_tree import GrowingTree
+    from engine.drafting.guess import Want
+
+CATCH_UP_TOKENS = 512  # are computed with one guess at most, over all sequences
+MAX_NODES = TREE_SLOTS - 1  # of a tree
+
+
+class Stretch(NamedTuple):
+    """Committed tokens `start .. end` of a sequence, to be computed now; `limit` drafts may follow."""
+
+    want: Want
+    start: int
+    end: int
+    limit: int
+
+    @property
+    def seq_id(self) -> int:
+        return self.want.sequence.seq_id
+
+    @property
+    def catches_up(self) -> bool:
+        return self.end == len(self.want.sequence.tokens)
+
+
+class Following:
+    """`max_len`: tokens that the draft model can have behind it; `num_known`: how many different ones it
+    knows, from 0 on. Of the target's further ones each is to it the last that it knows."""
+
+    def __init__(self, kv: DraftKV, max_len: int, num_known: int) -> None:
+        self.kv = kv
+        self.max_len = max_len
+        self.num_known = num_known
+        self._trees: dict[int, tuple[int, GrowingTree]] = {}  # planted behind so many committed tokens
+
+    def stretches(self, wants: SequenceOf[Want]) -> list[Stretch]:
+        """What to compute now, with room for it and for nodes behind it. A want that has none must wait, or
+        is beyond the model."""
+        self._settle(wants)
+        able = [want for want in wants if want.limit > 0 and len(want.sequence.tokens) <= self.max_len]
+        able.sort(key=self._num_lacking)
+        lacking = [self._num_lacking(want) for want in able]
+        roomy = self.kv.reserve(
+            (want.sequence.seq_id, len(want.sequence.tokens) + min(want.limit, MAX_NODES)) for want in able
+        )
+        found: list[Stretch] = []
+        left = CATCH_UP_TOKENS
+        for want, lacks in zip(able, lacking, strict=True):
+            if want.sequence.seq_id in roomy and left:
+                start = len(want.sequence.tokens) - lacks
+                end = start + min(lacks, left)
+                left -= end - start
+                found.append(Stretch(want, start, end, min(want.limit, MAX_NODES)))
+        return found
+
+    def piece(self, stretch: Stretch, masks: tuple[int, ...] = ()) -> DraftPiece:
+        """The stretch and, where it catches up, `masks` behind it; with logits of its last token and of
+        these. In the middle of a prompt there are none."""
+        behind = masks if stretch.catches_up else ()
+        return DraftPiece(
+            seq_id=stretch.seq_id,
+            tokens=(*self._known(stretch.want.sequence.tokens[stretch.start : stretch.end]), *behind),
+            positions=range(stretch.start, stretch.end + len(behind)),
+            start=stretch.start,
+            num_logits=1 + len(behind) if stretch.catches_up else 0,
+        )
+
+    def plant(self, stretch: Stretch, tree: GrowingTree) -> None:
+        """The tree begins behind the stretch, which was computed."""
+        self._trees[stretch.seq_id] = stretch.end, tree
+
+    def nodes(self, seq_id: int, nodes: SequenceOf[int]) -> DraftPiece:
+        """Nodes of the planted tree, with logits of each."""
+        begin, tree = self._trees[seq_id]
+        first = begin + len(tree.computed)
+        words = tree.compute(nodes)
+        piece = DraftPiece(
+            seq_id=seq_id,
+            tokens=self._known([tree.nodes[node].token for node in nodes]),
+            positions=tuple(begin + tree.nodes[node].depth for node in nodes),
+            start=first,
+            num_logits=len(nodes),
+        )
+        if tree.is_line:
+            return piece
+        visibility = Visibility.ANCESTORS
+        return piece._replace(num_window=len(tree.computed), visibility=visibility, ancestors=words)
+
+    def release(self, seq_id: int) -> None:
+        self._trees.pop(seq_id, None)
+        self.kv.release(seq_id)
+
+    def _settle(self, wants: SequenceOf[Want]) -> None:
+        """Of the trees of the last guesses only the nodes that stood remain."""
+        paths = []
+        for want in wants:
+            sequence = want.sequence
+            begin, tree = self._trees.pop(sequence.seq_id, (0, None))
+            if tree is not None:
+                path = tree.followed(sequence.tokens[begin:])
+                if self.kv.length(sequence.seq_id) > begin:  # else it has lost its pages, or nothing is there
+                    paths.append((sequence.seq_id, begin, path))
+        self.kv.keep(paths)
+
+    def _num_lacking(self, want: Want) -> int:
+        """The last token is always computed, for its logits."""
+        num_tokens = len(want.sequence.tokens)
+        return num_tokens - min(self.kv.length(want.sequence.seq_id), num_tokens - 1)
+
+    def _known(self, tokens: SequenceOf[int]) -> tuple[int, ...]:
+        return tuple(min(token, self.num_known - 1) for token in tokens)

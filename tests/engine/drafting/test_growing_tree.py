@@ -1,0 +1,97 @@
+"""Trees that grow: parents before children, siblings that differ, the best of all that was found."""
+
+from __future__ import annotations
+
+import random
+
+from engine.drafting.growing_tree import GrowingTree
+from engine.drafting.guess import ROOT
+from engine.drafting.kinds import belief_of
+from engine.drafting.standing import Standing
+
+
+def grown(rng: random.Random, limit: int, passes: int = 8) -> GrowingTree:
+    tree = GrowingTree(limit, Standing(), drawn=False)
+    parents = [ROOT]
+    for _ in range(passes):
+        for parent in parents:
+            chances = sorted((rng.random() ** 2 for _ in range(3)), reverse=True)
+            tree.grow(parent, rng.sample(range(50), 3), chances)
+        parents = tree.front()[: rng.randrange(1, 4)]
+        if not parents:
+            break
+        tree.compute(parents)
+    return tree
+
+
+def test_a_guess_is_the_best_of_what_was_found_and_a_tree():
+    rng = random.Random(1)
+    for _ in range(100):
+        limit = rng.randrange(1, 20)
+        tree = grown(rng, limit)
+        guess = tree.guess()
+        assert len(guess.tokens) == min(limit, len(tree.nodes))
+        assert all(ROOT <= parent < k for k, parent in enumerate(guess.parents))
+        assert len(set(zip(guess.parents, guess.tokens, strict=True))) == len(guess.tokens)
+        scores = sorted((node.score for node in tree.nodes), reverse=True)
+        assert tree.expected == 1 + sum(scores[:limit])
+
+
+def test_words_name_ancestors_among_the_computed():
+    rng = random.Random(2)
+    tree = GrowingTree(60, Standing(), drawn=False)
+    tree.grow(ROOT, [1, 2, 3], [0.5, 0.4, 0.3])
+    words: dict[int, int] = {}
+    for _ in range(5):
+        nodes = rng.sample(tree.front(), min(3, len(tree.front())))
+        words |= dict(zip(nodes, tree.compute(nodes), strict=True))
+        for node in nodes:
+            tree.grow(node, [4, 5], [0.9, 0.8])
+    for node, word in words.items():
+        seen = {tree.computed[slot] for slot in range(len(tree.computed)) if word >> slot & 1}
+        above = {node}
+        while tree.nodes[node].parent != ROOT:
+            node = tree.nodes[node].parent
+            above.add(node)
+        assert seen == above
+    assert not tree.is_line
+
+
+def test_a_line_is_known_as_one():
+    tree = GrowingTree(9, Standing(), drawn=False)
+    assert tree.is_line
+    tree.grow(ROOT, [1, 2], [0.9, 0.1])
+    for _ in range(3):
+        node = tree.front()[0]
+        tree.compute([node])
+        tree.grow(node, [1, 2], [0.9, 0.1])
+        assert tree.is_line
+    assert tree.path(tree.computed[-1]) == (1, 1, 1)
+    tree.compute([1])
+    assert not tree.is_line
+
+
+def test_the_path_that_the_text_took_is_found_by_slots():
+    tree = GrowingTree(9, Standing(), drawn=False)
+    tree.grow(ROOT, [1, 2], [0.9, 0.8])
+    tree.compute([0, 1])  # slots 0, 1
+    tree.grow(1, [3, 4], [0.9, 0.8])
+    tree.compute([3])  # token 4, slot 2
+    tree.grow(3, [5], [0.9])
+    assert tree.followed([2, 4, 5, 6]) == (1, 2), "5 was never computed"
+    assert tree.followed([2, 9]) == (1,)
+    assert tree.followed([9]) == ()
+
+
+def test_experience_replaces_belief():
+    standing = Standing()
+    assert standing.chance(0.3, 0, drawn=True) == belief_of(0.3)
+    for _ in range(50):
+        standing.note(0.3, 0, drawn=True, stood=True)
+    assert standing.chance(0.3, 0, drawn=True) > 0.9
+    assert standing.chance(0.3, 1, drawn=True) == belief_of(0.3), "of another rank"
+    assert standing.chance(0.3, 0, drawn=False) == belief_of(0.3), "chances of greedy drafts are others"
+    for _ in range(4000):
+        standing.note(0.3, 0, drawn=True, stood=False)
+    assert standing.chance(0.3, 0, drawn=True) < 0.05, "the latest count most"
+    assert standing.chance(0.0, 0, drawn=True) == 0.0
