@@ -16,6 +16,9 @@ from engine import sizing
 from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
+from engine.drafting.scratch_pages import num_scratch_pages
+from engine.drafting.skipped_layers import SkippedLayers
+from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
 from engine.measured_costs import MEASURE, measured_costs
 from engine.messages import Phase, Ready
@@ -84,7 +87,9 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     # An explicit number of pages may hold less than the model's context: then that is the context.
     spans = kv_spans(shape, settings.page_size)
     max_model_len = spans.longest(settings.num_pages, settings.max_num_batched_tokens, max_model_len)
-    storage = KVStorage(shape, settings.num_pages, settings.page_size, dtype, device)
+    storage = KVStorage(
+        shape, settings.num_pages, settings.page_size, dtype, device, num_scratch_pages(shape)
+    )
     settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
     watch.lap("lay out pages")
@@ -94,7 +99,22 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     scheduler = Scheduler(
         settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
     )
-    core = EngineCore(scheduler, Runner(model, storage, batches, scheduler), shape.vocab_size, copier)
+    runner = Runner(model, storage, batches, scheduler)
+    around = Surroundings(
+        checkpoint=checkpoint,
+        model=model,
+        storage=storage,
+        batches=batches,
+        ops=ops,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        processor_of=runner.processor_of,
+    )
+    drafters = {"skipped_layers": SkippedLayers(around)}
+    watch.lap("load drafters")
+    core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,

@@ -2,23 +2,27 @@
 
 Guessing happens between two steps and makes all of them wait. So a source of drafts is asked for those
 sequences only for which it is expected to gain more tokens than would be committed in the same time without
-it. Whoever is not asked is tried again after ever longer pauses, as traffic changes.
+it. Whoever is not asked is tried again, as traffic changes, after ever longer pauses: trials take at most
+1 / `SHORTEST_PAUSE` of the time, and soon much less.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from scheduler.clock import Clock
+
 NEWEST_SHARE = 0.05  # in what is known of a source; more while little is known
 OWN_SHARE = 0.2  # in what is known of a sequence
 FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known: hopeful, so that it is tried
 RELAXING = 0.01  # of a sequence that gained less than others, back to what they gain, with each step
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
-FIRST_PAUSE, LONGEST_PAUSE = 8, 2048  # steps until a source that did not pay is tried again
+SHORTEST_PAUSE, LONGEST_PAUSE = 50.0, 3200.0  # until the next trial, in times of what the last one took
 PROBED = 4  # sequences of a trial
 
 
@@ -50,6 +54,10 @@ class _CallTime:
         each = min(max(0.0, each), self.seconds / self.sequences)
         return (self.seconds - each * self.sequences) / self.calls, each
 
+    def expected_s(self, count: int) -> float:
+        fixed_s, each_s = self.fixed_and_each()
+        return fixed_s + each_s * count
+
 
 @dataclass(slots=True)
 class _Source:
@@ -57,8 +65,13 @@ class _Source:
     gain: float = FIRST_GAIN  # accepted drafts of a guess, whether any of it was computed or not
     num_asked: int = 0
     own: dict[int, float] = field(default_factory=dict)  # the same of each sequence
-    pause: int = FIRST_PAUSE
-    waits: int = 0  # steps until it is tried again; 0 while it pays
+    pause: float = SHORTEST_PAUSE
+    next_trial_s: float = 0.0
+    is_paying: bool = True
+
+    def rest(self, now_s: float, trial_s: float) -> None:
+        self.next_trial_s = now_s + self.pause * trial_s
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def relax(self, sequences: Iterable[int]) -> None:
         """Who did not pay may pay later: a text changes."""
@@ -71,7 +84,8 @@ class Yields:
     """Of each source of drafts, by name: a drafter whose guesses cost a forward pass, or several whose cost
     next to nothing together."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._sources: dict[str, _Source] = {}
 
     def worth_asking(self, name: str, rivals: dict[int, float], tokens_per_s: float) -> list[int]:
@@ -84,21 +98,23 @@ class Yields:
         surplus = {seq_id: own.get(seq_id, gain) - rival - price for seq_id, rival in rivals.items()}
         asked = [seq_id for seq_id, tokens in surplus.items() if tokens > 0]
         if asked and sum(surplus[seq_id] for seq_id in asked) > fixed_price:
-            source.waits, source.pause = 0, FIRST_PAUSE
+            source.is_paying, source.pause = True, SHORTEST_PAUSE
             if len(asked) < len(surplus):
                 source.relax(surplus)
             return asked
         source.relax(surplus)
-        if not source.waits:
-            source.waits = source.pause
-        source.waits -= 1
-        if source.waits:
+        if source.is_paying:
+            source.is_paying = False
+            source.rest(self._clock(), source.time.expected_s(PROBED))
+        if self._clock() < source.next_trial_s:
             return []
-        source.pause = min(2 * source.pause, LONGEST_PAUSE)
         return sorted(surplus, key=surplus.__getitem__)[-PROBED:]
 
     def took(self, name: str, num_asked: int, seconds: float) -> None:
-        self._sources[name].time.note(num_asked, seconds)
+        source = self._sources[name]
+        source.time.note(num_asked, seconds)
+        if not source.is_paying:
+            source.rest(self._clock(), seconds)
 
     def gained(self, name: str, asked: Iterable[tuple[int, int]]) -> None:
         """(sequence, drafts accepted) of all that the source was asked for in this step."""

@@ -12,6 +12,7 @@ from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.core import EngineCore
 from engine.drafting.scratch_pages import num_scratch_pages
+from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
 from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs
 from engine.models.config import Layer, Rope, TransformerConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from engine.drafting.guess import Drafter
     from scheduler.clock import Clock
     from scheduler.plan import Copy
 
@@ -86,12 +88,15 @@ def tiny_core(
     disk: Path | None = None,
     before: Callable[[Copy], None] | None = None,
     clock: Clock = time.monotonic,
+    drafters: Callable[[Surroundings], dict[str, Drafter]] | None = None,
     **settings: object,
 ) -> EngineCore:
     """`disk`: the file of the disk pages, if `settings` have any; `before`: the copier's hook. With host
     pages the core has a copy thread: it is to be closed."""
     scheduling = replace(SETTINGS, **settings)  # type: ignore[arg-type]
-    return core_around(TINY, random_weights(TINY), scheduling, disk=disk, before=before, clock=clock)
+    return core_around(
+        TINY, random_weights(TINY), scheduling, disk=disk, before=before, clock=clock, drafters=drafters
+    )
 
 
 def core_around(
@@ -102,6 +107,7 @@ def core_around(
     disk: Path | None = None,
     before: Callable[[Copy], None] | None = None,
     clock: Clock = time.monotonic,
+    drafters: Callable[[Surroundings], dict[str, Drafter]] | None = None,
 ) -> EngineCore:
     """Of a model in float32 on the CPU, whose context is `config.max_positions`."""
     torch.set_num_threads(1)  # a second one gains nothing here, and spins beside a busy neighbour
@@ -121,7 +127,21 @@ def core_around(
     batches = BatchBuilder(
         config, ops, scheduling.page_size, config.max_positions, scheduling.max_num_seqs, CPU
     )
-    return EngineCore(scheduler, Runner(model, storage, batches, scheduler), config.vocab_size, copier)
+    runner = Runner(model, storage, batches, scheduler)
+    around = Surroundings(
+        checkpoint=None,
+        model=model,
+        storage=storage,
+        batches=batches,
+        ops=ops,
+        dtype=torch.float32,
+        device=CPU,
+        max_model_len=config.max_positions,
+        max_num_seqs=scheduling.max_num_seqs,
+        processor_of=runner.processor_of,
+    )
+    found = drafters(around) if drafters is not None else {}
+    return EngineCore(scheduler, runner, config.vocab_size, copier, found)
 
 
 def request(name: str, prompt: list[int], **fields: object) -> Request:
