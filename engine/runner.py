@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from engine.decoding import METHODS, Decision, DecodingMethod, Draws
+from engine.decoding import Decision, DecodingMethod, Draws, method_of
+from engine.sampling.masks import unmasked
 from engine.sampling.places import Place
 from engine.sampling.processors import LogitsProcessor, needs_processing
 from engine.sampling.sampler import NOT_FINITE, Drawn, logprobs_of, sample
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from engine.kv_storage import KVStorage
     from engine.messages import TokenLogprobs
     from engine.models.transformer import Transformer
+    from engine.sampling.masks import MaskOf
     from scheduler.scheduler import Scheduler
 
 
@@ -56,15 +58,21 @@ class Runner:
     """Owns the per-sequence decoding methods and page tables; `release` forgets a sequence."""
 
     def __init__(
-        self, model: Transformer, storage: KVStorage, batches: BatchBuilder, scheduler: Scheduler
+        self,
+        model: Transformer,
+        storage: KVStorage,
+        batches: BatchBuilder,
+        scheduler: Scheduler,
+        mask_of: MaskOf = unmasked,
     ) -> None:
         self.model = model
         self.storage = storage
         self.batches = batches
         self.scheduler = scheduler
+        self.mask_of = mask_of
         self.taps: tuple[int, ...] = ()  # hidden states that drafters want to see
         self.methods: dict[int, DecodingMethod] = {}
-        self.processors: dict[int, LogitsProcessor] = {}
+        self.processors: dict[int, LogitsProcessor | None] = {}
 
     @property
     def row_multiple(self) -> int:
@@ -155,14 +163,22 @@ class Runner:
         if not work.places:
             advance = Advance(piece.seq_id, (), known, sequence.window)
             return Outcome(advance, prompt_logprobs=scored, seen=Computed(work.features))
-        if drawn.errors:
-            for row in range(used, used + len(work.places)):
-                if (error := drawn.errors.get(row)) is not None:
-                    self.storage.tainted |= error.cause == NOT_FINITE
-                    failed = Advance(piece.seq_id, (), known, error=error.cause)
-                    return Outcome(failed, refused=error.refused)
+        errors = drawn.errors_of(used, len(work.places))
+        for row, error in errors.items():
+            # After a guess nothing is wrong yet: plain decoding may never come there.
+            if row == 0 or error.cause == NOT_FINITE or not sequence.window.optional:
+                self.storage.tainted |= error.cause == NOT_FINITE
+                failed = Advance(piece.seq_id, (), known, error=error.cause)
+                return Outcome(failed, refused=error.refused)
         tokens = tuple(drawn.tokens[used : used + len(work.places)])
-        draws = Draws(len(tokens) > piece.num_window, tokens, logits, work.first + work.num_scored)
+        draws = Draws(
+            len(tokens) > piece.num_window,
+            tokens,
+            logits,
+            work.first + work.num_scored,
+            work.places,
+            frozenset(errors),
+        )
         decision = self._method(sequence).decide(sequence, draws)
         advance = Advance(
             seq_id=piece.seq_id,
@@ -176,16 +192,17 @@ class Runner:
     def _method(self, sequence: Sequence) -> DecodingMethod:
         method = self.methods.get(sequence.seq_id)
         if method is None:
-            method = self.methods[sequence.seq_id] = METHODS[sequence.request.method]()
+            method = self.methods[sequence.seq_id] = method_of(sequence.request)
         return method
 
     def processor_of(self, sequence: Sequence) -> LogitsProcessor | None:
         """What the sequence's request asks of its logits; None where it asks nothing."""
-        found = self.processors.get(sequence.seq_id)
-        if found is None and needs_processing(sequence.request.sampling):
-            found = LogitsProcessor(sequence, self.model.config.vocab_size, self.batches.device)
+        if sequence.seq_id not in self.processors:
+            mask, found = self.mask_of(sequence), None
+            if mask is not None or needs_processing(sequence.request.sampling):
+                found = LogitsProcessor(sequence, self.model.config.vocab_size, self.batches.device, mask)
             self.processors[sequence.seq_id] = found
-        return found
+        return self.processors[sequence.seq_id]
 
     def _bounded(self, sequence: Sequence, decision: Decision) -> Window:
         """A window that would leave the context is not computed at all."""

@@ -10,13 +10,13 @@ import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from server.errors import INTERNAL, ApiError
 from server.logs import logger
 from server.streams import Delta
-from server.wire.responses import CachedTokens, PredictedTokens, Usage, encode
+from server.wire.responses import CachedTokens, LossyDecoding, PredictedTokens, Usage, encode
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -148,13 +148,26 @@ def usage_of(generation: Generation) -> Usage:
         completion_tokens=output,
         total_tokens=prompt + output,
         prompt_tokens_details=CachedTokens(cached_tokens=generation.num_cached),
-        completion_tokens_details=PredictedTokens(
-            accepted_prediction_tokens=generation.num_accepted,
-            rejected_prediction_tokens=generation.num_drafts - generation.num_accepted,
-        )
-        if generation.reports_drafts
-        else UNSET,
+        completion_tokens_details=_predicted(generation),
     )
+
+
+def _predicted(generation: Generation) -> PredictedTokens | UnsetType:
+    """When asked for, and always where drafts may have changed the text."""
+    lossy = generation.requests[0].lossy
+    if lossy is None and not generation.reports_drafts:
+        return UNSET
+    return PredictedTokens(
+        accepted_prediction_tokens=generation.num_accepted,
+        rejected_prediction_tokens=max(0, generation.num_drafts - generation.num_accepted),
+        lossy=UNSET if lossy is None else lossy.rule,
+    )
+
+
+def lossy_of(generation: Generation) -> LossyDecoding | UnsetType:
+    """What every answer and chunk says of its decoding: that it is lossy."""
+    request = generation.requests[0]
+    return UNSET if request.lossy is None else LossyDecoding(method=request.method, lossy=request.lossy.rule)
 
 
 def json_response(body: object, headers: dict[str, str] | None = None) -> Response:

@@ -8,14 +8,14 @@ import logging
 import time
 import uuid
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
-from engine.config import DRAFTERS
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
 from server.chat_templates import check_named_file, load_templates
-from server.errors import ApiError, invalid, unavailable
+from server.decoding import decoding_of
+from server.errors import ApiError, unavailable
 from server.generation_defaults import GenerationDefaults, generation_defaults
 from server.metrics import Metrics
 from server.prompt import TemplateError, TemplateUnavailable
@@ -27,7 +27,6 @@ from server.tenants import TenantLimits
 from server.text_threads import TextThreads
 from server.tokenizer import Tokenizer
 from server.version import octavo_version
-from server.wire.decoding import DecodingFields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from scheduler.types import SamplingParams
     from server.admission import Ticket
     from server.config import Config
+    from server.decoding import Decoding
     from server.prompt import ChatTemplates
     from server.prompt_reader import Prompt
     from server.wire.fields import GenerationFields
@@ -62,14 +62,6 @@ class Job:
     logprobs: int | None
     prompt_logprobs: int | None = None
     discard_output: bool = False
-
-
-class _Decoding(TypedDict):
-    """Of `Request`."""
-
-    method: str
-    drafter: str
-    max_draft_tokens: int
 
 
 @dataclass
@@ -165,6 +157,7 @@ class Service:
         self.check_ready()
         self.check_model(body.model)
         check_limits(body, self.config.server, self.vocab_size)
+        self._decoding(body)
 
     async def generate(self, job: Job) -> Generation:
         """Admit, tokenise and submit. The caller must `release` what it gets. Raises ApiError."""
@@ -249,15 +242,8 @@ class Service:
             )
         return requests
 
-    def _decoding(self, body: GenerationFields) -> _Decoding:
-        asked, engine = body.decoding or DecodingFields(), self.config.engine
-        if asked.drafter is not None and asked.drafter not in DRAFTERS:
-            raise invalid(f"must be one of {', '.join(DRAFTERS)}", "decoding.drafter")
-        return _Decoding(
-            method=asked.method or engine.decoding,
-            drafter=asked.drafter or engine.drafter,
-            max_draft_tokens=asked.max_draft_tokens or engine.max_draft_tokens,
-        )
+    def _decoding(self, body: GenerationFields) -> Decoding:
+        return decoding_of(body.decoding, self.config.engine, self.client.ready)
 
     def _deadline_s(self, arrival_s: float, asked_s: float | None) -> float | None:
         waits = [wait for wait in (self.config.server.request_timeout_s, asked_s) if wait]

@@ -66,12 +66,18 @@ class Slot:
     """What arrived for one choice and was not read yet."""
 
     tokens: list[int] = field(default_factory=list)
+    # Of each token: the drafts of its step, at the step's first token, and whether it was one that stood.
+    drafts: list[tuple[int, bool]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish: FinishReason | None = None
     stop_token: int | None = None
 
     def merge(self, output: SequenceOutput) -> None:
-        self.tokens.extend(output.tokens)
+        num_drafts = sum(verified.num_drafts for verified in output.verified)
+        stood = {depth for verified in output.verified for depth in verified.accepted}
+        for place, token in enumerate(output.tokens):
+            self.tokens.append(token)
+            self.drafts.append((0 if place else num_drafts, place in stood))
         self.logprobs.extend(output.logprobs or ())
         self.finish = output.finish
         self.stop_token = output.stop_token
@@ -82,7 +88,7 @@ class ChoiceReader:
 
     def __init__(self, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
         self.index = index
-        self.num_tokens = 0
+        self.num_tokens = self.num_drafts = self.num_accepted = 0
         self.finish: str | None = None
         self._options = options
         self._detokenizer = IncrementalDetokenizer(tokenizer, options.skip_special)
@@ -119,6 +125,9 @@ class ChoiceReader:
             logprobs = slot.logprobs[place] if slot.logprobs else None
             self._held.append(Piece(token, logprobs, self._num_chars))
             self.num_tokens += 1
+            num_drafts, stood = slot.drafts[place]
+            self.num_drafts += num_drafts
+            self.num_accepted += stood
             stopping = slot.stop_token is not None and place == last
             if not stopping or self._options.include_stop:
                 text += self._emit(self._detokenizer.push((token,)))
@@ -178,7 +187,6 @@ class Generation:
         self.prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in requests]
         self.num_cached = 0
         self.reports_drafts = reports_drafts
-        self.num_drafts = self.num_accepted = 0
         self.texts: dict[int, str] = {}  # what each choice said, if it shall be kept for the log
         self._keep_text = keep_text
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
@@ -203,9 +211,6 @@ class Generation:
         index = number * self.num_choices + output.index
         if output.prompt_logprobs:
             self.prompt_logprobs[number].extend(output.prompt_logprobs)
-        if output.verified is not None:
-            self.num_drafts += output.verified.num_drafts
-            self.num_accepted += output.verified.num_accepted
         if output.tokens and number not in self._cached_known:
             self._cached_known.add(number)
             self.num_cached += output.num_cached
@@ -260,6 +265,16 @@ class Generation:
     @property
     def num_output_tokens(self) -> int:
         return sum(reader.num_tokens for reader in self.readers)
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts that were verified up to the end of each choice, wherever the engine has got to."""
+        return sum(reader.num_drafts for reader in self.readers)
+
+    @property
+    def num_accepted(self) -> int:
+        """Those of them that are tokens of the output."""
+        return sum(reader.num_accepted for reader in self.readers)
 
     def _is_too_late(self) -> bool:
         """The deadline ended it, and there is nothing to show."""

@@ -15,6 +15,8 @@ from scheduler.types import EMPTY_WINDOW, Sequence, Window
 if TYPE_CHECKING:
     import torch
 
+    from engine.sampling.places import Place
+
 
 class Draws(NamedTuple):
     """What the target says at the rows of this step: after the last committed token, then after each
@@ -22,13 +24,16 @@ class Draws(NamedTuple):
     nothing was committed since (`after_last` is False).
 
     tokens[r] is the target's own sample after row r, with the noise of that place: what plain decoding
-    would commit there, if the window tokens that row r follows were right.
+    would commit there, if the window tokens that row r follows were right. Rows of `undrawn` have no such
+    token: the request allows none there, and plain decoding would fail if it came so far.
     """
 
     after_last: bool
     tokens: tuple[int, ...]
     step_logits: torch.Tensor  # float32 [R, V] of the whole step, beginning at ...
     first_row: int
+    places: tuple[Place, ...] = ()
+    undrawn: frozenset[int] = frozenset()
 
     @property
     def logits(self) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Speculative:
         committed = [draws.tokens[0]]
         kept: list[int] = []
         at = -1
-        while (draft := draft_of.get((at, committed[-1]))) is not None:
+        while (draft := draft_of.get((at, committed[-1]))) is not None and draft + 1 not in draws.undrawn:
             kept.append(draft)
             committed.append(draws.tokens[draft + 1])
             at = draft

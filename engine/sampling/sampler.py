@@ -28,6 +28,12 @@ class Drawn:
     tokens: list[int]
     errors: dict[int, RowError]
 
+    def errors_of(self, first: int, count: int) -> dict[int, RowError]:
+        """Those of `count` rows, numbered from 0."""
+        if not self.errors:
+            return {}
+        return {row: self.errors[first + row] for row in range(count) if first + row in self.errors}
+
 
 def sample(logits: torch.Tensor, places: list[Place]) -> Drawn:
     """logits float32 [R, V], left as they are."""

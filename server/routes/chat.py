@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.delivery import usage_of
+from server.delivery import lossy_of, usage_of
 from server.errors import invalid
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import described
@@ -127,6 +127,7 @@ class ChatView:
             created=self.created_s,
             model=self.service.model_name,
             system_fingerprint=self.service.fingerprint,
+            decoding=lossy_of(self.generation),
             choices=[self._choice(delta) for delta in folded],
             usage=usage_of(self.generation),
         )
@@ -173,6 +174,7 @@ class ChatView:
             created=self.created_s,
             model=self.service.model_name,
             system_fingerprint=self.service.fingerprint,
+            decoding=lossy_of(self.generation),
             choices=choices,
             **usage,
         )

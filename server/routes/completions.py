@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.delivery import usage_of
+from server.delivery import lossy_of, usage_of
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import invalid
 from server.logprobs import joined, legacy_logprobs, prompt_logprobs
@@ -145,6 +145,7 @@ class CompletionView:
             created=self.created_s,
             model=self.service.model_name,
             system_fingerprint=self.service.fingerprint,
+            decoding=lossy_of(self.generation),
             choices=choices,
             **usage,
         )

@@ -37,8 +37,14 @@ def name_ignored(request: Request, service: Service, body: GenerationFields) -> 
     names = ignored_fields(body)
     if body.priority is not None and service.config.engine.scheduler.policy != "priority":
         names = sorted([*names, "priority"])
-    if body.stream_options is not None:
-        names += [f"stream_options.{name}" for name in ignored_fields(body.stream_options)]
+    parts = {
+        "stream_options": body.stream_options,
+        "decoding": body.decoding,
+        "decoding.lossy": body.decoding.lossy if body.decoding is not None else None,
+    }
+    for path, part in parts.items():
+        if part is not None:
+            names += [f"{path}.{name}" for name in ignored_fields(part)]
     if not names:
         return {}
     shown = logs.sanitise(",".join(names), MAX_IGNORED_CHARS)

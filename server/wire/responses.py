@@ -22,10 +22,19 @@ class CachedTokens(Answer, kw_only=True):
 
 
 class PredictedTokens(Answer, kw_only=True):
-    """Of speculative decoding: drafts that stood, and drafts that did not."""
+    """Of speculative decoding: drafts that are in the text, and drafts that are not. `lossy`: the rule by
+    which drafts stood that the model would not have drawn."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    lossy: str | UnsetType = UNSET
+
+
+class LossyDecoding(Answer, kw_only=True):
+    """In every answer and chunk whose text need not be the one of plain decoding."""
+
+    method: str
+    lossy: str
 
 
 class Usage(Answer, kw_only=True):
@@ -68,6 +77,7 @@ class Completion(Answer, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    decoding: LossyDecoding | UnsetType = UNSET
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
 
@@ -125,6 +135,7 @@ class ChatCompletion(Answer, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    decoding: LossyDecoding | UnsetType = UNSET
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -137,6 +148,7 @@ class ChatChunk(Answer, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
+    decoding: LossyDecoding | UnsetType = UNSET
     choices: list[ChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

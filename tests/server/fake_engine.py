@@ -49,6 +49,7 @@ class FakeEngine:
     reply: Callable[[Request, int], list[int]] = alphabet_reply
     step_s: float = 0.0
     vocab_size: int = 258
+    drafters: tuple[str, ...] = ("prompt_lookup", "past_outputs", "recycling", "lookahead")
     max_model_len: int = 256
     tokens_per_step: int = 1
     stuck: bool = False  # accepts work and never answers
@@ -79,6 +80,7 @@ class FakeEngine:
             dtype="float32",
             device="cpu",
             phases=(Phase("load", 0.0),),
+            drafters=self.drafters,
         )
         self.dead = asyncio.get_running_loop().create_future()
         self._loop = asyncio.create_task(self._run())

@@ -93,8 +93,10 @@ class Running:
 def make_service(
     engine: FakeEngine, tokenizer: ByteTokenizer | None = None, policy: str = "mlfq", **settings: Any
 ) -> Service:
+    of_engine = {name: settings.pop(name) for name in ("decoding", "drafter") if name in settings}
     config = Config(
-        server=ServerConfig(**settings), engine=EngineConfig(scheduler=SchedulerConfig(policy=policy))
+        server=ServerConfig(**settings),
+        engine=EngineConfig(scheduler=SchedulerConfig(policy=policy), **of_engine),
     )
     checkpoint = SimpleNamespace(
         name=MODEL,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import pytest
 
 from engine.config import DRAFTERS
-from engine.drafting import AUTO
-from engine.drafting import DRAFTERS as REGISTERED
+from engine.drafting import AUTO, LIGHT
 from engine.messages import SequenceOutput, Verified
+from scheduler.types import LossyAcceptance
 from tests.server.fake_engine import FakeEngine, Live
 from tests.server.http.conftest import Running, running
 
@@ -21,11 +23,11 @@ class Drafting(FakeEngine):
 
     def _advance(self, live: Live) -> SequenceOutput:
         output = super()._advance(live)
-        return msgspec.structs.replace(output, verified=Verified("prompt_lookup", 3, 2))
+        return msgspec.structs.replace(output, verified=(Verified("prompt_lookup", 3, (0, 1)),))
 
 
 def test_the_configuration_lists_the_drafters_there_are() -> None:
-    assert (AUTO, *REGISTERED) == DRAFTERS
+    assert {AUTO, *LIGHT} <= set(DRAFTERS)
 
 
 def test_a_request_says_how_it_is_decoded_and_the_configuration_where_it_does_not(server: Running) -> None:
@@ -51,12 +53,113 @@ def test_a_request_says_how_it_is_decoded_and_the_configuration_where_it_does_no
         ({"max_draft_tokens": 0}, "decoding.max_draft_tokens"),
         ({"max_draft_tokens": "4"}, "decoding.max_draft_tokens"),
         ("speculative", "decoding"),
+        ({"lossy": {"acceptance": "typical"}}, "decoding.lossy"),  # drafts are off
+        ({"method": "autoregressive", "lossy": {"acceptance": "typical"}}, "decoding.lossy"),
+        ({"method": "speculative", "lossy": "typical"}, "decoding.lossy"),
+        ({"method": "speculative", "lossy": {}}, "decoding.lossy.acceptance"),
+        ({"method": "speculative", "lossy": {"acceptance": "any"}}, "decoding.lossy.acceptance"),
+        *(
+            ({"method": "speculative", "lossy": {"acceptance": rule, name: value}}, f"decoding.lossy.{name}")
+            for rule, name, value in (
+                ("typical", "epsilon", 0.0),
+                ("typical", "delta", 1.5),
+                ("threshold", "threshold", "0.3"),
+                ("typical", "threshold", 0.3),  # each of the other rule
+                ("threshold", "epsilon", 0.3),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_is_named(server: Running, decoding: object, param: str) -> None:
     response = server.post("/v1/completions", {"prompt": "a", "decoding": decoding})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+def test_a_drafter_that_is_not_loaded_is_named_with_those_that_are(server: Running) -> None:
+    body = {"prompt": "a", "decoding": {"method": "speculative", "drafter": "eagle"}}
+    response = server.post("/v1/completions", body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "decoding.drafter")
+    for told in ("'eagle'", "auto", *server.engine.drafters, "draft_model"):
+        assert told in error["message"]
+
+
+def test_a_loaded_drafter_is_taken_and_the_configuration_may_name_one() -> None:
+    engine = FakeEngine(drafters=("prompt_lookup", "eagle"))
+    with running(engine, decoding="speculative", drafter="eagle") as server:
+        server.complete(max_tokens=1)
+        server.complete(max_tokens=1, decoding={"drafter": "prompt_lookup"})
+    assert [request.drafter for request in server.engine.requests] == ["eagle", "prompt_lookup"]
+
+
+def test_fields_of_decoding_that_mean_nothing_are_named(server: Running) -> None:
+    lossy = {"acceptance": "typical", "alpha": 0.3}
+    body = {"prompt": "a", "decoding": {"method": "speculative", "tree": True, "lossy": lossy}}
+    response = server.post("/v1/completions", body)
+    assert response.headers["x-octavo-ignored-fields"] == "decoding.tree,decoding.lossy.alpha"
+
+
+LOSSY = {
+    "typical": (
+        {"acceptance": "typical", "epsilon": 0.2},
+        LossyAcceptance(rule="typical", epsilon=0.2, delta=0.3),
+    ),
+    "threshold": (
+        {"acceptance": "threshold", "threshold": 0.5},
+        LossyAcceptance(rule="threshold", threshold=0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", LOSSY)
+def test_an_answer_says_that_its_text_is_lossy(server: Running, rule: str) -> None:
+    asked, expected = LOSSY[rule]
+    decoding = {"method": "speculative", "lossy": asked}
+    whole = server.complete(max_tokens=3, decoding=decoding)
+    assert server.engine.requests[-1].lossy == expected
+    assert whole["decoding"] == {"method": "speculative", "lossy": rule}
+    assert whole["usage"]["completion_tokens_details"]["lossy"] == rule
+
+
+def chunks_of(server: Running, path: str, body: dict[str, object]) -> list[dict[str, Any]]:
+    lines = server.post(path, body).text.split("\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_every_chunk_of_a_stream_says_it_and_none_of_another(server: Running, path: str) -> None:
+    prompt = (
+        {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    )
+    body = prompt | {"max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
+    lossy = {"method": "speculative", "lossy": {"acceptance": "typical"}}
+    chunks = chunks_of(server, path, body | {"decoding": lossy})
+    assert len(chunks) > 2
+    assert {json.dumps(chunk["decoding"]) for chunk in chunks} == {
+        '{"method": "speculative", "lossy": "typical"}'
+    }
+    assert chunks[-1]["usage"]["completion_tokens_details"]["lossy"] == "typical"
+    for chunk in chunks_of(server, path, body | {"decoding": {"method": "speculative"}}):
+        assert "decoding" not in chunk
+        assert "completion_tokens_details" not in (chunk["usage"] or {})
+
+
+@pytest.mark.parametrize(
+    ("end", "count"), [({"stop": ["b"]}, 2), ({"stop_token_ids": [ord("a")]}, 1), ({"max_tokens": 1}, 1)]
+)
+def test_drafts_behind_the_end_of_a_text_are_not_counted_as_accepted(
+    end: dict[str, object], count: int
+) -> None:
+    """Three tokens came at a time, of which the first two had been drafts."""
+    with running(Drafting(tokens_per_step=3)) as server:
+        fields = {"max_tokens": 9, "decoding": {"method": "speculative", "report": True}} | end
+        usage = server.complete(**fields)["usage"]
+    assert usage["completion_tokens"] == count
+    assert usage["completion_tokens_details"] == {
+        "accepted_prediction_tokens": count,
+        "rejected_prediction_tokens": 3 - count,
+    }
 
 
 def test_acceptance_is_in_the_usage_when_asked_and_in_the_metrics() -> None:
