@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NEWEST_SHARE = 0.05  # in what is known of a source; more while little is known
 OWN_SHARE = 0.2  # in what is known of a sequence
 FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known: hopeful, so that it is tried
-RELAXING = 0.01  # of a sequence that gained less than others, back to what they gain, with each step
+RELAXING = 0.002  # of a sequence that gained less than others, back to what they gain, with each step
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
 SHORTEST_PAUSE, LONGEST_PAUSE = 50.0, 3200.0  # until the next trial, in times of what the last one took
 PROBED = 4  # sequences of a trial

@@ -1,0 +1,51 @@
+"""Chances follow what was accepted: of a kind, and of a request."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from engine.drafting.acceptance import SUREST, Acceptance
+from engine.drafting.guess import ROOT, Guess, line
+
+LINE = line([1, 2, 3], [0, 1, 2], 0.6)
+
+
+def test_before_anything_is_known_drafters_are_believed():
+    guess = Guess((1, 2), (ROOT, ROOT), (0, 1), (0.7, 0.1))
+    assert Acceptance().chances(1, "a", guess) == [0.7, 0.1]
+
+
+def test_what_happened_is_learned_for_each_kind():
+    acceptance, rng = Acceptance(), random.Random(1)
+    for number in range(3000):
+        depth = 0
+        while depth < 3 and rng.random() < (0.9, 0.5, 0.2)[depth]:
+            depth += 1
+        acceptance.note(number, "a", LINE, range(depth))
+        acceptance.release(number)
+    assert acceptance.chances(-1, "a", LINE) == pytest.approx([0.9, 0.5, 0.2], abs=0.1)
+    assert acceptance.chances(-1, "b", LINE) == [0.6] * 3, "another drafter's"
+
+
+def test_what_follows_a_wrong_draft_teaches_nothing():
+    acceptance = Acceptance()
+    for number in range(100):
+        acceptance.note(number, "a", LINE, ())
+    first, second, third = acceptance.chances(-1, "a", LINE)
+    assert first < 0.1
+    assert second == third == 0.6
+
+
+def test_a_request_has_chances_of_its_own():
+    acceptance = Acceptance()
+    for number in range(200):
+        acceptance.note(number, "a", LINE, range(3) if number % 2 else ())
+    for _ in range(20):
+        acceptance.note(1000, "a", LINE, range(3))
+        acceptance.note(2000, "a", LINE, ())
+    good, other, bad = (acceptance.chances(seq_id, "a", LINE)[0] for seq_id in (1000, 3000, 2000))
+    assert bad < other / 2 < other < good <= SUREST
+    acceptance.release(2000)
+    assert acceptance.chances(2000, "a", LINE)[0] == other

@@ -1,0 +1,87 @@
+"""Who is asked to draft: whoever gains more than the time of its guesses costs."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.drafting.yields import SHORTEST_PAUSE, Yields
+
+RATE = 20.0  # tokens a second
+
+
+class World:
+    """A source that takes so long for a call and for each sequence, and gains so much for each."""
+
+    def __init__(self, fixed_s: float, each_s: float, gain: dict[int, int]) -> None:
+        self.now_s = 0.0
+        self.yields = Yields(lambda: self.now_s)
+        self.fixed_s, self.each_s, self.gain = fixed_s, each_s, gain
+        self.guessing_s = 0.0
+
+    def step(self, rivals: dict[int, float] | None = None) -> list[int]:
+        if rivals is None:
+            rivals = dict.fromkeys(self.gain, 0.0)
+        asked = self.yields.worth_asking("x", rivals, RATE)
+        if asked:
+            seconds = self.fixed_s + self.each_s * len(asked)
+            self.now_s += seconds
+            self.guessing_s += seconds
+            self.yields.took("x", len(asked), seconds)
+            self.yields.gained("x", [(seq_id, self.gain[seq_id]) for seq_id in asked])
+        self.now_s += 0.05
+        return asked
+
+
+def test_who_pays_is_always_asked():
+    world = World(0.01, 0.0, {1: 1, 2: 2})
+    assert all(world.step() == [1, 2] for _ in range(200))
+
+
+def test_who_does_not_pay_is_tried_for_a_small_share_of_the_time():
+    world = World(0.1, 0.0, {1: 1})  # two tokens' time for one
+    for _ in range(2000):
+        world.step()
+    assert 0 < world.guessing_s < world.now_s / SHORTEST_PAUSE
+
+
+def test_it_is_found_again_when_it_begins_to_pay():
+    world = World(0.02, 0.0, {1: 0})
+    for _ in range(300):
+        world.step()
+    assert not world.step()
+    world.gain = {1: 4}
+    for _ in range(4000):
+        world.step()
+    assert all(world.step() for _ in range(20))
+
+
+def test_only_those_sequences_for_which_it_pays_are_asked():
+    world = World(0.0, 0.01, {1: 0, 2: 3})
+    for _ in range(100):
+        world.step()
+    assert [world.step() for _ in range(20)].count([2]) >= 18
+
+
+def test_what_others_are_expected_to_gain_counts_against_it():
+    world = World(0.01, 0.0, {1: 2})
+    for _ in range(50):
+        world.step()
+    assert world.step({1: 1.0}) == [1]
+    assert world.step({1: 1.9}) == []
+
+
+@pytest.mark.parametrize(("fixed_s", "each_s"), [(0.02, 0.001), (0.0, 0.005), (0.03, 0.0)])
+def test_the_time_of_a_call_is_split(fixed_s, each_s):
+    yields = Yields(lambda: 0.0)
+    yields.worth_asking("x", {1: 0.0}, RATE)
+    for number in range(200):
+        count = 1 + number % 8
+        yields.took("x", count, fixed_s + each_s * count)
+    assert yields._sources["x"].time.fixed_and_each() == pytest.approx((fixed_s, each_s), abs=1e-6)
+
+
+def test_nothing_is_kept_of_who_has_ended():
+    world = World(0.0, 0.0, {1: 1})
+    world.step()
+    world.yields.release(1)
+    assert not world.yields._sources["x"].own
