@@ -16,6 +16,7 @@ from engine import sizing
 from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
+from engine.drafting import AUTO
 from engine.drafting.scratch_pages import num_scratch_pages
 from engine.drafting.skipped_layers import SkippedLayers
 from engine.drafting.surroundings import Surroundings
@@ -115,6 +116,8 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     drafters = {"skipped_layers": SkippedLayers(around)}
     watch.lap("load drafters")
     core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters)
+    names = tuple(core.speculation.drafters)
+    _check_drafter(config, names)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
@@ -130,8 +133,18 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         host_pages=settings.host_pages,
         disk_pages=settings.disk_pages,
         costs=costs,
+        drafters=names,
     )
     return BuiltEngine(core, ready, lengths)
+
+
+def _check_drafter(config: EngineConfig, names: tuple[str, ...]) -> None:
+    """That of requests which name none must be there."""
+    if config.drafter not in (AUTO, *names):
+        raise EngineConfigError(
+            f"the drafter {config.drafter} is not loaded: name its weights in draft_model, or set drafter to "
+            f"one of {', '.join((AUTO, *names))}"
+        )
 
 
 def _lower_tiers(

@@ -14,6 +14,7 @@ import torch
 import engine.sizing
 from engine.building import build_engine
 from engine.config import EngineConfig
+from engine.drafting import LIGHT
 from engine.models.config import Layer
 from engine.sizing import EngineConfigError
 from engine.weights.errors import CheckpointError
@@ -54,6 +55,16 @@ def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatc
     built = build_engine(config(host_cache_bytes=20_000_000))
     assert (built.ready.num_pages, built.ready.host_pages) == (DEVICE_PAGES, 54)
     built.core.close()
+
+
+def test_the_engine_says_which_drafters_it_has_and_its_default_must_be_one() -> None:
+    built = build_engine(config(drafter="skipped_layers"))
+    built.core.close()
+    assert {*LIGHT, "skipped_layers"} <= set(built.ready.drafters)
+    with pytest.raises(
+        EngineConfigError, match=r"drafter medusa is not loaded: .*draft_model.*auto, prompt_lookup"
+    ):
+        build_engine(config(drafter="medusa"))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
