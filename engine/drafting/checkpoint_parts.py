@@ -35,8 +35,9 @@ class CheckpointParts:
         shape = self._shape(name)
         return shape[0] if shape else 0
 
-    def whole(self, stored: str, shape: Shape) -> Target:
-        return Target(stored, shape, (Piece(stored, shape),))
+    def whole(self, stored: str, shape: Shape, name: str = "") -> Target:
+        """A tensor as it is stored; `name`: what it is called once it is loaded, if not the same."""
+        return Target(name or stored, shape, (Piece(stored, shape),))
 
     def load(
         self, targets: Iterable[Target], dtype: torch.dtype, device: torch.device
