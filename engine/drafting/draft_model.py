@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from engine.drafting.draft_kv import DraftKV
+from engine.drafting.following import Following
+from engine.models.context import for_context
+from engine.models.transformer import Transformer
 from engine.sampling.candidates import candidates
 from engine.sampling.places import Place
+from engine.weights.loader import check_weights, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
-    from engine.drafting.draft_kv import DraftKV, DraftPiece
+    from engine.checkpoint import Checkpoint
+    from engine.drafting.draft_kv import DraftPiece
+    from engine.drafting.surroundings import Surroundings
     from engine.models.config import TransformerConfig
-    from engine.models.transformer import Transformer
     from engine.sampling.processors import LogitsProcessor
     from scheduler.types import Sequence
 
@@ -66,6 +73,22 @@ class DraftModel:
         if not all(row.chances[0] for row in found):
             self.kv.storage.tainted = True  # perhaps numbers went wrong: fresh pages are cleared from now on
         return found
+
+
+def load_draft_model(
+    checkpoint: Checkpoint, around: Surroundings, free_bytes: int
+) -> tuple[DraftModel, Following]:
+    """A model of any family and format that can be served, for sequences as long as it can have them. Raises
+    CheckpointError, before anything is allocated, where its weights and one sequence do not fit."""
+    max_len = min(around.max_model_len, checkpoint.transformer.max_positions)
+    config = for_context(checkpoint.transformer, max_len)
+    checkpoint = replace(checkpoint, transformer=config)
+    _, num_bytes = check_weights(checkpoint, around.dtype, around.device, free_bytes)
+    kv = DraftKV.beside(around, config, free_bytes - num_bytes)
+    left = free_bytes - kv.storage.pages.nbytes
+    model = Transformer(config, load_weights(checkpoint, around.dtype, around.device, left), around.ops)
+    draft = DraftModel(model, kv, around.model.config.vocab_size, around.processor_of)
+    return draft, Following(kv, max_len, config.vocab_size)
 
 
 def pass_cost(config: TransformerConfig, target: TransformerConfig) -> float:

@@ -7,22 +7,43 @@ depend on each other's tokens, so every choice for a place may follow every choi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engine.drafting.candidate_tree import Level, best_first
+from engine.drafting.draft_model import load_draft_model
 from engine.drafting.guess import NO_GUESS
+from engine.models.fields import Fields
+from engine.weights.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from collections.abc import Sequence as SequenceOf
 
+    from engine.checkpoint import Checkpoint
     from engine.drafting.draft_model import DraftModel
     from engine.drafting.following import Following, Stretch
     from engine.drafting.guess import Guess, Seen, Want
+    from engine.drafting.surroundings import Surroundings
     from scheduler.types import Sequence
 
 MAX_MASKS = 11  # published models were taught to guess 8 to 16 tokens
+
+
+def load(
+    checkpoint: Checkpoint, config_json: Mapping[str, Any], around: Surroundings, free_bytes: int
+) -> Pard:
+    """PARD-2's models too, which may look at the target's hidden states and draft without. Raises
+    CheckpointError for what cannot be served or does not fit."""
+    mask_token = Fields(f"{checkpoint.path}: config.json", config_json).count("pard_token", least=0)
+    known = checkpoint.transformer.vocab_size
+    if mask_token >= known:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json pard_token = {mask_token}, but the model knows {known} tokens"
+        )
+    draft, following = load_draft_model(checkpoint, around, free_bytes)
+    return Pard(draft, following, mask_token)
 
 
 class Pard:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.drafting.draft_model import load_draft_model, pass_cost
 from engine.drafting.growing_tree import GrowingTree
 from engine.drafting.guess import NO_GUESS, ROOT
 from engine.drafting.standing import Standing
@@ -22,13 +23,21 @@ from engine.sampling.ranking import is_random
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from engine.checkpoint import Checkpoint
     from engine.drafting.draft_model import DraftModel
     from engine.drafting.following import Following, Stretch
     from engine.drafting.guess import Guess, Seen, Want
+    from engine.drafting.surroundings import Surroundings
     from scheduler.types import Sequence
 
 MAX_PASSES = 24  # with one guess
 GAIN = 0.8  # the chances of a pass's nodes, times this, are the tokens that it is expected to gain
+
+
+def load(checkpoint: Checkpoint, around: Surroundings, free_bytes: int) -> SmallModel:
+    """Raises CheckpointError for what cannot be served or does not fit."""
+    draft, following = load_draft_model(checkpoint, around, free_bytes)
+    return SmallModel(draft, following, pass_cost(checkpoint.transformer, around.model.config))
 
 
 class SmallModel:
