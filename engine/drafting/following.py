@@ -19,26 +19,25 @@ if TYPE_CHECKING:
     from engine.drafting.draft_kv import DraftKV
     from engine.drafting.growing_tree import GrowingTree
     from engine.drafting.guess import Want
+    from scheduler.types import Sequence
 
 CATCH_UP_TOKENS = 512  # are computed with one guess at most, over all sequences
 MAX_NODES = TREE_SLOTS - 1  # of a tree
 
 
 class Stretch(NamedTuple):
-    """Committed tokens `start .. end` of a sequence, to be computed now; `limit` drafts may follow."""
+    """Committed tokens `start .. end` of a sequence, as the draft model reads them, to be computed now;
+    `limit` drafts may follow where it `catches_up`: no committed token is behind them."""
 
     want: Want
     start: int
     end: int
     limit: int
+    catches_up: bool
 
     @property
     def seq_id(self) -> int:
         return self.want.sequence.seq_id
-
-    @property
-    def catches_up(self) -> bool:
-        return self.end == len(self.want.sequence.tokens)
 
 
 class Following:
@@ -55,20 +54,23 @@ class Following:
         """What to compute now, with room for it and for nodes behind it. A want that has none must wait, or
         is beyond the model."""
         self._settle(wants)
-        able = [want for want in wants if want.limit > 0 and len(want.sequence.tokens) <= self.max_len]
+        able = [want for want in wants if want.limit > 0 and len(self.text(want.sequence)) <= self.max_len]
         able.sort(key=self._num_lacking)
         lacking = [self._num_lacking(want) for want in able]
         roomy = self.kv.reserve(
-            (want.sequence.seq_id, len(want.sequence.tokens) + min(want.limit, MAX_NODES)) for want in able
+            (want.sequence.seq_id, len(self.text(want.sequence)) + min(want.limit, MAX_NODES))
+            for want in able
         )
         found: list[Stretch] = []
         left = CATCH_UP_TOKENS
         for want, lacks in zip(able, lacking, strict=True):
             if want.sequence.seq_id in roomy and left:
-                start = len(want.sequence.tokens) - lacks
+                num_tokens = len(self.text(want.sequence))
+                start = num_tokens - lacks
                 end = start + min(lacks, left)
                 left -= end - start
-                found.append(Stretch(want, start, end, min(want.limit, MAX_NODES)))
+                limit = min(want.limit, MAX_NODES)
+                found.append(Stretch(want, start, end, limit, catches_up=end == num_tokens))
         return found
 
     def piece(self, stretch: Stretch, masks: tuple[int, ...] = ()) -> DraftPiece:
@@ -77,7 +79,7 @@ class Following:
         behind = masks if stretch.catches_up else ()
         return DraftPiece(
             seq_id=stretch.seq_id,
-            tokens=(*self._known(stretch.want.sequence.tokens[stretch.start : stretch.end]), *behind),
+            tokens=(*self._known(self.text(stretch.want.sequence)[stretch.start : stretch.end]), *behind),
             positions=range(stretch.start, stretch.end + len(behind)),
             start=stretch.start,
             num_logits=1 + len(behind) if stretch.catches_up else 0,
@@ -94,7 +96,7 @@ class Following:
         words = tree.compute(nodes)
         piece = DraftPiece(
             seq_id=seq_id,
-            tokens=self._known([tree.nodes[node].token for node in nodes]),
+            tokens=self._known([self.named(tree.nodes[node].token) for node in nodes]),
             positions=tuple(begin + tree.nodes[node].depth for node in nodes),
             start=first,
             num_logits=len(nodes),
@@ -103,6 +105,14 @@ class Following:
             return piece
         visibility = Visibility.ANCESTORS
         return piece._replace(num_window=len(tree.computed), visibility=visibility, ancestors=words)
+
+    def text(self, sequence: Sequence) -> SequenceOf[int]:
+        """The committed tokens as the draft model reads them."""
+        return sequence.tokens
+
+    def named(self, token: int) -> int:
+        """A draft as the draft model reads it."""
+        return token
 
     def release(self, seq_id: int) -> None:
         self._trees.pop(seq_id, None)
@@ -122,7 +132,7 @@ class Following:
 
     def _num_lacking(self, want: Want) -> int:
         """The last token is always computed, for its logits."""
-        num_tokens = len(want.sequence.tokens)
+        num_tokens = len(self.text(want.sequence))
         return num_tokens - min(self.kv.length(want.sequence.seq_id), num_tokens - 1)
 
     def _known(self, tokens: SequenceOf[int]) -> tuple[int, ...]:
