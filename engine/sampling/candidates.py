@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from engine.sampling.largest import largest_places
 from engine.sampling.ranking import contenders, is_random, processed
 
 if TYPE_CHECKING:
@@ -61,14 +62,14 @@ def _best(values: torch.Tensor, first: torch.Tensor, count: int) -> Candidates:
     """values float32 [R, K]; first int64 [R], the entry that is drawn -> entries of at most K of the best."""
     entries = first[:, None]
     if count > 1:
-        entries = values.topk(min(count, values.shape[1]), -1).indices
+        entries = largest_places(values, count)
         _lead(entries, first)
     totals = values.logsumexp(-1, keepdim=True)
     return Candidates(entries, (values.gather(-1, entries) - totals).exp_().nan_to_num_(0.0, 0.0, 0.0))
 
 
 def _lead(entries: torch.Tensor, first: torch.Tensor) -> None:
-    """Brings `first` to the front, in place: among equal values topk and argmax may choose differently."""
+    """Brings `first` to the front, in place: among equal values the two may choose differently."""
     wrong = torch.nonzero(entries[:, 0] != first).view(-1).tolist()
     for row in wrong:
         drawn = first[row]

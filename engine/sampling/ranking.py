@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from engine.noise import NoiseKeys
+from engine.sampling.largest import largest
 from engine.sampling.processors import BANNED
 from engine.sampling.truncation import CANDIDATES, threshold, truncates, typical_mask
 
@@ -71,7 +72,7 @@ class Contenders(NamedTuple):
 def processed(logits: torch.Tensor, places: list[Place]) -> Processed:
     """logits float32 [R, V], left as they are. What fails in one row stays in that row."""
     values, errors = _changed(logits, places)
-    peaks, tokens = values.max(-1)
+    peaks, tokens = largest(values)
     if not bool(torch.isfinite(peaks).all()):
         errors = _errors(logits, peaks) | errors
     return Processed(values, peaks, tokens, errors)
