@@ -35,7 +35,7 @@ def _pays(values: torch.Tensor, count: int) -> bool:
 
 def _tops(values: torch.Tensor) -> torch.Tensor:
     """-> [R, blocks], the largest of each block"""
-    return values.unflatten(-1, (-1, BLOCK)).amax(-1)
+    return values.reshape(len(values), -1, BLOCK).amax(-1)
 
 
 def _within(values: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

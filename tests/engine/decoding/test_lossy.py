@@ -188,6 +188,17 @@ def test_lossy_requests_run_beside_others_and_harm_none(rule):
             assert len(lossy.tokens) == 40
 
 
+def test_log_probabilities_are_the_models_of_what_was_said():
+    core = tiny_core()
+    core.speculation.costs = Generous()
+    lax = LossyAcceptance(rule="threshold", threshold=1e-6)
+    fields = {"temperature": 1.5, "max_tokens": 40, "method": "speculative", "lossy": lax, "logprobs": 1}
+    said = [run(core, request("l", PROMPTS[0], seed=seed, **fields))["l", 0] for seed in range(3)][-1]
+    whole = [*PROMPTS[0], *said.tokens]
+    scored = run(tiny_core(), request("s", whole, max_tokens=1, prompt_logprobs=1))["s", 0]
+    assert said.logprobs == scored.prompt_logprobs[len(PROMPTS[0]) - 1 :]
+
+
 def test_a_lax_rule_accepts_what_a_strict_one_does_not():
     def num_steps(lossy):
         core = tiny_core()
