@@ -43,6 +43,15 @@ _GEMMA3 = Family(
     fixed=_GELU | {"attn_logit_softcapping": ()},
 )  # fmt: skip
 
+_QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    layers=layers.qwen,
+    traits=lambda fields: {"qkv_bias": True},
+    defaults=_QWEN,
+    fixed=_SILU,
+)
+
 FAMILIES = (
     Family(
         name="llama",
@@ -69,14 +78,8 @@ FAMILIES = (
         },
         fixed=_SILU,
     ),
-    Family(
-        name="qwen2",
-        architecture="Qwen2ForCausalLM",
-        layers=layers.qwen,
-        traits=lambda fields: {"qkv_bias": True},
-        defaults=_QWEN,
-        fixed=_SILU,
-    ),
+    _QWEN2,
+    replace(_QWEN2, architecture="MiMoForCausalLM"),  # and a head that predicts the token after the next
     Family(
         name="qwen3",
         architecture="Qwen3ForCausalLM",

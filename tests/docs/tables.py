@@ -22,7 +22,7 @@ MODELS = {
     "llama": "Llama 2, 3, 3.1, 3.2 (text), 3.3; SmolLM2; whatever else is built so",
     "mistral": "Mistral",
     "smollm3": "SmolLM3",
-    "qwen2": "Qwen2, Qwen2.5",
+    "qwen2": "Qwen2, Qwen2.5, MiMo",
     "qwen3": "Qwen3",
     "qwen3_moe": "Qwen3-MoE",
     "mixtral": "Mixtral",

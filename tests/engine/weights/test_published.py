@@ -41,6 +41,13 @@ QWEN2_5_7B = {
     "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
     "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
 }  # fmt: skip
+MIMO_7B = {
+    "architectures": ["MiMoForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 32768,
+    "model_type": "mimo", "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-05, "rope_theta": 640000, "tie_word_embeddings": False,
+    "use_sliding_window": False, "vocab_size": 151680,
+}  # fmt: skip
 QWEN3_30B_A3B = {
     "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "decoder_sparse_step": 1,
     "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
@@ -154,6 +161,12 @@ def test_qwen_2_5() -> None:
     # Beyond the context that it was trained for, as its card recommends.
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
     assert shape_of(QWEN2_5_7B, rope_scaling=yarn).max_positions == 131072
+
+
+def test_mimo() -> None:
+    shape = shape_of(MIMO_7B)
+    assert (shape.qkv_bias, shape.out_bias, set(windows(shape))) == (True, False, {0})
+    assert (shape.num_layers, shape.head_dim) == (36, 128)
 
 
 def test_qwen_3_with_experts() -> None:
