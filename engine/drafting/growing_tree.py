@@ -60,9 +60,11 @@ class GrowingTree:
         return 1.0 + sum(self.nodes[node].score for node in self._best)
 
     def front(self) -> list[int]:
-        """Nodes whose children may be among the best, best first."""
+        """Nodes whose children may be among the best, best first. No more nodes are computed than may be
+        drafted: there is no room for more."""
         deepest = self.limit - 1  # a line of all drafts ends there
-        return [node for node in self._best if node not in self._words and self.nodes[node].depth < deepest]
+        found = [node for node in self._best if node not in self._words and self.nodes[node].depth < deepest]
+        return found[: self.limit - len(self.computed)]
 
     def path(self, node: int) -> tuple[int, ...]:
         """Tokens from the first draft to the node."""

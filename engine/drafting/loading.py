@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.checkpoint import locate
-from engine.drafting import dflash, eagle, medusa, mtp, pard, small_model
+from engine.drafting import dflash, eagle, medusa, mtp, other_vocabulary, pard, small_model
 from engine.drafting.same_vocabulary import same_vocabulary
 from engine.weights import embedded, hub
 from engine.weights.errors import CheckpointError
@@ -128,14 +128,17 @@ def _load(found: _Found, around: Surroundings, free_bytes: int) -> Drafter:
 
 def _model(found: _Found, checkpoint: Checkpoint, around: Surroundings, free_bytes: int) -> Drafter:
     """A whole model, with a vocabulary of its own."""
-    if same_vocabulary(checkpoint, around.checkpoint, around.model.config.vocab_size):
-        if found.kind is Kind.PARD:
-            assert found.config is not None, "known by its config.json"
-            return pard.load(checkpoint, found.config, around, free_bytes)
+    is_same = same_vocabulary(checkpoint, around.checkpoint, around.model.config.vocab_size)
+    if found.kind is Kind.MODEL and is_same:
         return small_model.load(checkpoint, around, free_bytes)
-    raise CheckpointError(
-        f"{found.source}: a vocabulary other than the model's: draft with a model of the same family"
-    )
+    if found.kind is Kind.MODEL:
+        return other_vocabulary.load(checkpoint, around, free_bytes)
+    if not is_same:
+        raise CheckpointError(
+            f"{found.source}: a PARD model with a vocabulary other than the model's: take one of its family"
+        )
+    assert found.config is not None, "known by its config.json"
+    return pard.load(checkpoint, found.config, around, free_bytes)
 
 
 def _head(found: _Found, around: Surroundings, free_bytes: int) -> Drafter:

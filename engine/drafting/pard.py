@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.drafting.candidate_tree import Level, best_first
+from engine.drafting.candidate_tree import CandidateTrees, Level
 from engine.drafting.draft_model import load_draft_model
 from engine.drafting.guess import NO_GUESS
 from engine.models.fields import Fields
@@ -53,6 +53,7 @@ class Pard:
         self.draft = draft
         self.following = following
         self.mask_token = mask_token
+        self.trees = CandidateTrees()
 
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
@@ -66,7 +67,7 @@ class Pard:
         ready = [stretch for stretch in stretches if stretch.catches_up]
         levels = self._levels(ready, logits)
         guesses = {
-            stretch.seq_id: best_first(found, stretch.limit)
+            stretch.seq_id: self.trees.grow(stretch.want.sequence, found, stretch.limit, spreads=True)
             for stretch, found in zip(ready, levels, strict=True)
         }
         return [guesses.get(want.sequence.seq_id, NO_GUESS) for want in wants]
@@ -76,22 +77,31 @@ class Pard:
 
     def release(self, sequence: Sequence) -> None:
         self.following.release(sequence.seq_id)
+        self.trees.release(sequence.seq_id)
 
     def _masks(self, stretch: Stretch) -> tuple[int, ...]:
         return (self.mask_token,) * min(stretch.limit - 1, MAX_MASKS)
 
     def _levels(self, ready: list[Stretch], logits: torch.Tensor) -> list[list[Level]]:
-        """logits [R, V]: of each sequence the rows of its places, in order. A place is judged as if the best
-        of the places before it stood."""
+        """logits [R, V]: of each sequence the rows of its places, in order. Where the request wants something
+        of its logits, which may depend on what stands before, a place is judged as if the best of the places
+        before it stood; else only their number matters."""
         counts = [1 + len(self._masks(stretch)) for stretch in ready]
         firsts = [sum(counts[:index]) for index in range(len(counts))]
-        levels: list[list[Level]] = [[] for _ in ready]
-        paths: list[tuple[int, ...]] = [()] * len(ready)
+        wishes = [self.draft.processor_of(stretch.want.sequence) is not None for stretch in ready]
+        together = [(index, depth) for index, count in enumerate(counts) for depth in range(count)]
+        batches = [[place for place in together if not wishes[place[0]]]]
         for depth in range(max(counts, default=0)):
-            there = [index for index, count in enumerate(counts) if count > depth]
-            after = [(ready[index].want.sequence, paths[index]) for index in there]
-            best = self.draft.successors(logits[[firsts[index] + depth for index in there]], after)
-            for index, found in zip(there, best, strict=True):
+            batches.append([place for place in together if wishes[place[0]] and place[1] == depth])
+        levels: list[list[Level]] = [[] for _ in ready]
+        for batch in filter(None, batches):
+            rows = logits[[firsts[index] + depth for index, depth in batch]]
+            after = [(ready[index].want.sequence, self._line(levels[index], depth)) for index, depth in batch]
+            for (index, _), found in zip(batch, self.draft.successors(rows, after), strict=True):
                 levels[index].append(Level(found.tokens, found.chances))
-                paths[index] = (*paths[index], found.tokens[0])
         return levels
+
+    def _line(self, levels: list[Level], depth: int) -> tuple[int, ...]:
+        """The best of each place before this one, as far as they are known."""
+        known = [level.tokens[0] for level in levels[:depth]]
+        return (*known, *(self.mask_token,) * (depth - len(known)))

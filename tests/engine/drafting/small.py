@@ -21,6 +21,8 @@ from scheduler.types import Request, SamplingParams, Sequence
 from tests.engine.tiny import CPU, TINY, random_weights
 
 if TYPE_CHECKING:
+    from engine.drafting.guess import Drafter
+    from engine.drafting.surroundings import Surroundings
     from engine.models.config import TransformerConfig
 
 VOCAB = TINY.vocab_size
@@ -91,3 +93,23 @@ def paths(guess: Guess) -> list[tuple[int, ...]]:
     assert len(set(found)) == len(found), "siblings are alike"
     assert len(guess.kinds) == len(guess.beliefs) == len(guess.tokens)
     return found
+
+
+def beside(around: Surroundings, model: Transformer, free_bytes: int = 2**26) -> tuple[DraftModel, Following]:
+    """What `load_draft_model` makes, of a model that comes from no files."""
+    kv = DraftKV.beside(around, model.config, free_bytes)
+    draft = DraftModel(model, kv, around.model.config.vocab_size, around.processor_of)
+    return draft, Following(kv, around.max_model_len, model.config.vocab_size)
+
+
+def own_model(around: Surroundings) -> dict[str, Drafter]:
+    """The target itself drafts."""
+    return {"model": SmallModel(*beside(around, around.model), cost=0.1)}
+
+
+def random_models(around: Surroundings) -> dict[str, Drafter]:
+    """Models that know nothing of the target."""
+    return {
+        "model": SmallModel(*beside(around, transformer(seed=8)), cost=0.02),
+        "pard": Pard(*beside(around, transformer(seed=9)), mask_token=3),
+    }

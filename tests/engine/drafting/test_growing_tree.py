@@ -10,7 +10,7 @@ from engine.drafting.kinds import belief_of
 from engine.drafting.standing import Standing
 
 
-def grown(rng: random.Random, limit: int, passes: int = 8) -> GrowingTree:
+def grown(rng: random.Random, limit: int, passes: int = 30) -> GrowingTree:
     tree = GrowingTree(limit, Standing(), drawn=False)
     parents = [ROOT]
     for _ in range(passes):
@@ -35,6 +35,7 @@ def test_a_guess_is_the_best_of_what_was_found_and_a_tree():
         assert len(set(zip(guess.parents, guess.tokens, strict=True))) == len(guess.tokens)
         scores = sorted((node.score for node in tree.nodes), reverse=True)
         assert tree.expected == 1 + sum(scores[:limit])
+        assert len(tree.computed) <= limit, "there is room for so many"
 
 
 def test_words_name_ancestors_among_the_computed():

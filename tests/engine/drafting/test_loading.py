@@ -122,10 +122,12 @@ def test_unknown_speculators_are_refused(tmp_path):
         kind_of(tmp_path, {"speculators_model_type": "mlp"})
 
 
-def test_another_vocabulary_is_refused(tmp_path, around):
-    other = folder(tmp_path, "other", replace(TINY, vocab_size=280))
+def test_another_vocabulary_that_cannot_be_read_is_refused(tmp_path, around):
+    fewer = replace(TINY, vocab_size=280)
     with pytest.raises(CheckpointError, match="vocabulary"):
-        load_drafters(str(other), around, FREE)
+        load_drafters(str(folder(tmp_path, "other", fewer)), around, FREE)
+    with pytest.raises(CheckpointError, match="take one of its family"):
+        load_drafters(str(folder(tmp_path, "pard", fewer, pard_token=3)), around, FREE)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(tmp_path, around):
