@@ -36,7 +36,8 @@ def decoding_of(asked: DecodingFields | None, engine: EngineConfig, ready: Ready
     if asked.drafter is not None:
         _check_drafter(asked.drafter, ready)
     if asked.lossy is not None and method != SPECULATIVE:
-        raise invalid(f'needs the method "{SPECULATIVE}": it is about drafts', "decoding.lossy")
+        message = f'decoding.lossy is about drafts: it needs the method "{SPECULATIVE}".'
+        raise invalid(message, "decoding.lossy")
     return Decoding(
         method=method,
         drafter=asked.drafter or engine.drafter,
@@ -47,13 +48,11 @@ def decoding_of(asked: DecodingFields | None, engine: EngineConfig, ready: Ready
 
 def _check_drafter(name: str, ready: Ready | None) -> None:
     if name not in DRAFTERS:
-        raise invalid(f"must be one of {', '.join(DRAFTERS)}", "decoding.drafter")
+        raise invalid(f"decoding.drafter must be one of {', '.join(DRAFTERS)}.", "decoding.drafter")
     if ready is None or name in (AUTO, *ready.drafters):
         return
     there = ", ".join((AUTO, *ready.drafters))
-    message = (
-        f"the drafter '{name}' is not loaded: this server has {there}; the setting draft_model adds more"
-    )
+    message = f"decoding.drafter: {name} is not loaded; there are {there}. The setting draft_model adds more."
     raise invalid(message, "decoding.drafter")
 
 
@@ -61,6 +60,6 @@ def _lossy(asked: LossyFields) -> LossyAcceptance:
     given = asked.model_dump(include={"epsilon", "delta", "threshold"}, exclude_none=True)
     for name in given:
         if name not in PARAMETERS[asked.acceptance]:
-            message = f'means nothing to the acceptance "{asked.acceptance}"'
-            raise invalid(message, f"decoding.lossy.{name}")
+            param = f"decoding.lossy.{name}"
+            raise invalid(f'{param} means nothing to the acceptance "{asked.acceptance}".', param)
     return LossyAcceptance(rule=asked.acceptance, **given)
