@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +24,11 @@ ROWS = 10**6
 
 def byte_level(size: int, special: tuple[str, ...] = (), texts: tuple[str, ...] = tuple(TEXTS)) -> Speller:
     """Byte-level BPE of up to `size` tokens; the special ones come first."""
+    return Speller(document.build(json.loads(trained(size, special, texts))))
+
+
+def trained(size: int, special: tuple[str, ...], texts: tuple[str, ...]) -> str:
+    """A tokenizer.json."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -33,6 +39,17 @@ def byte_level(size: int, special: tuple[str, ...] = (), texts: tuple[str, ...] 
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    return str(backend.to_str())
+
+
+def bytes_in_any_order(seed: int) -> Speller:
+    """Every byte is a token, behind one special token."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    random.Random(seed).shuffle(characters)
+    backend = Tokenizer(models.BPE({"<|end|>": 0} | {char: 1 + k for k, char in enumerate(characters)}, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<|end|>"])
     return Speller(document.build(json.loads(backend.to_str())))
 
 
@@ -42,7 +59,7 @@ def spellers() -> dict[str, Speller]:
     return {
         "coarse": byte_level(420, ("<|end|>", "<|user|>")),
         "fine": byte_level(300, ("<|stop|>", "<|user|>"), tuple(TEXTS[::-2])),
-        "bytes": byte_level(0, ("<|end|>",)),
+        "bytes": bytes_in_any_order(0),
         "bpe": pieces("bpe"),
         "bpe_no_prefix": pieces("bpe_no_prefix"),
         "unigram": pieces("unigram"),
