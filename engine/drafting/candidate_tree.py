@@ -1,21 +1,30 @@
-"""A draft tree from candidates that were found place by place, best first by the product of their chances.
+"""Draft trees of candidates that were found place by place, best first by the chance of the whole path.
 
 The shape is chosen for each guess (OPT-Tree, Wang 2024): where one candidate leads clearly the tree is a
-line, where none does it is wide, and it ends where nothing is likely any more.
+line, where none does it is wide, and it ends where nothing is likely any more. What a drafter thinks of its
+candidates is corrected by what became of such ones before, the nearer and the further ones apart.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting.guess import ROOT, Guess
-from engine.drafting.kinds import belief_of, kind_of
+from engine.drafting.kinds import NUM_KINDS, belief_of, kind_of
+from engine.sampling.places import Place
+from engine.sampling.ranking import is_random
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-LEAST_CHANCE = 0.005  # of a whole path: what is less likely is not drafted
+    from scheduler.types import Sequence
+
+LEAST_CHANCE = 0.01  # of a whole path: what is less likely is not drafted
+PRIOR = 4.0  # drafts that a belief counts as much as
+MEMORY = 200.0  # drafts of a kind that count; of earlier ones less and less does
+_DEPTHS = (1, 2, 4, 8)  # from here on drafts are further away
 
 
 class Level(NamedTuple):
@@ -35,32 +44,98 @@ class _Branch(NamedTuple):
     on_trunk: bool  # all drafts before it are the best of their places
 
 
-def best_first(levels: SequenceOf[Level], limit: int, *, spreads: bool = True) -> Guess:
+def best_first(
+    levels: SequenceOf[Level],
+    limit: int,
+    *,
+    spreads: bool = True,
+    drawn: bool = False,
+    experience: Experience | None = None,
+) -> Guess:
     """At most `limit` drafts. `spreads`: whatever stands before it, a place has the same candidates; else
-    they were found for the best ones before it, and the others have no drafts behind them."""
+    they were found for the best ones before it, and the others have no drafts behind them. `drawn`: with
+    noise."""
+    known = Experience() if experience is None else experience
     tokens: list[int] = []
     parents: list[int] = []
     kinds: list[int] = []
     beliefs: list[float] = []
     heap: list[_Branch] = []
 
-    def push(path: float, depth: int, parent: int, rank: int, on_trunk: bool) -> None:
-        if depth == len(levels) or rank == len(levels[depth].tokens):
-            return
-        chance = path * levels[depth].chances[rank]
-        if chance >= LEAST_CHANCE:
-            heapq.heappush(heap, _Branch(-chance, depth, parent, rank, on_trunk))
+    def push_children(parent: int, depth: int, above: float, on_trunk: bool) -> None:
+        for rank, chance in enumerate(levels[depth].chances if depth < len(levels) else ()):
+            path = above * known.chance(_kind(chance, rank, depth, drawn=drawn), belief_of(chance))
+            if chance and path >= LEAST_CHANCE:
+                heapq.heappush(heap, _Branch(-path, depth, parent, rank, on_trunk))
 
-    push(1.0, 0, ROOT, 0, True)
+    push_children(ROOT, 0, 1.0, True)
     while heap and len(tokens) < limit:
         cost, depth, parent, rank, on_trunk = heapq.heappop(heap)
         chance = levels[depth].chances[rank]
         tokens.append(levels[depth].tokens[rank])
         parents.append(parent)
-        kinds.append(kind_of(chance, rank))
+        kinds.append(_kind(chance, rank, depth, drawn=drawn))
         beliefs.append(belief_of(chance))
-        push(-cost / chance, depth, parent, rank + 1, on_trunk)
         stays = on_trunk and rank == 0
         if stays or spreads:
-            push(-cost, depth + 1, len(tokens) - 1, 0, stays)
+            push_children(len(tokens) - 1, depth + 1, -cost, stays)
     return Guess(tuple(tokens), tuple(parents), tuple(kinds), tuple(beliefs))
+
+
+class Experience:
+    """How often drafts of each kind have stood; of earlier ones less and less counts."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+        self._stood: dict[int, float] = {}
+
+    def chance(self, kind: int, belief: float) -> float:
+        """That a draft stands if the one that it follows does."""
+        return (PRIOR * belief + self._stood.get(kind, 0.0)) / (PRIOR + self._seen.get(kind, 0.0))
+
+    def note(self, kind: int, stood: bool) -> None:
+        keep = 1.0 - 1.0 / MEMORY
+        self._seen[kind] = self._seen.get(kind, 0.0) * keep + 1.0
+        self._stood[kind] = self._stood.get(kind, 0.0) * keep + stood
+
+
+class CandidateTrees:
+    """The last tree of each sequence, and what became of all before."""
+
+    def __init__(self) -> None:
+        self.experience = Experience()
+        self._last: dict[int, tuple[int, Guess]] = {}  # behind so many tokens
+
+    def grow(self, sequence: Sequence, levels: SequenceOf[Level], limit: int, *, spreads: bool) -> Guess:
+        """The best drafts behind the sequence's last token; see `best_first`."""
+        self._learn(sequence)
+        drawn = is_random(Place(sequence))
+        guess = best_first(levels, limit, spreads=spreads, drawn=drawn, experience=self.experience)
+        self._last[sequence.seq_id] = len(sequence.tokens), guess
+        return guess
+
+    def release(self, seq_id: int) -> None:
+        self._last.pop(seq_id, None)
+
+    def _learn(self, sequence: Sequence) -> None:
+        """The text itself says which of the last tree's drafts were right, verified or not."""
+        length, guess = self._last.pop(sequence.seq_id, (0, None))
+        if guess is None:
+            return
+        at = ROOT
+        for token in sequence.tokens[length:]:
+            children = [draft for draft, parent in enumerate(guess.parents) if parent == at]
+            at = ROOT
+            for draft in children:
+                stood = guess.tokens[draft] == token
+                self.experience.note(guess.kinds[draft], stood)
+                at = draft if stood else at
+            if at == ROOT:
+                return
+
+
+def _kind(chance: float, rank: int, depth: int, *, drawn: bool) -> int:
+    """Where tokens are drawn with noise, a chance says something else: a draw that is known well leads by
+    little."""
+    distance = bisect_right(_DEPTHS, depth) + (len(_DEPTHS) + 1) * drawn
+    return kind_of(chance, rank) + NUM_KINDS * distance

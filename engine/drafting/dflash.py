@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from engine.drafting.candidate_tree import Level, best_first
+from engine.drafting.candidate_tree import CandidateTrees, Level
 from engine.drafting.dflash_config import read_config
 from engine.drafting.dflash_heads import BlockHeads
 from engine.drafting.dflash_layers import BlockLayers
@@ -62,6 +62,7 @@ class DFlash:
         self.layers = BlockLayers(config, weights, around.ops, around.device)
         self.heads = BlockHeads(config, weights, around.ops)
         self.embedding = weights.embedding
+        self.trees = CandidateTrees()
         row_bytes = len(config.taps) * around.model.config.hidden_size * around.dtype.itemsize
         self.waiting = WaitingFeatures(max(1, MAX_WAITING_BYTES // row_bytes))
 
@@ -71,6 +72,7 @@ class DFlash:
     def release(self, sequence: Sequence) -> None:
         self.waiting.release(sequence.seq_id)
         self.kv.release(sequence.seq_id)
+        self.trees.release(sequence.seq_id)
 
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
@@ -178,7 +180,9 @@ class DFlash:
             self.kv.storage.tainted = True  # perhaps numbers went wrong: pages are cleared from now on
         spreads = self.heads.spreads
         return {
-            one.want.sequence.seq_id: best_first(line, one.want.limit, spreads=spreads)
+            one.want.sequence.seq_id: self.trees.grow(
+                one.want.sequence, line, one.want.limit, spreads=spreads
+            )
             for one, line in zip(ready, levels, strict=True)
         }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.drafting.candidate_tree import Level, best_first
+from engine.drafting.candidate_tree import CandidateTrees, Level
 from engine.drafting.guess import NO_GUESS
 from engine.drafting.medusa_weights import MedusaWeights, read_medusa
 from engine.models.transformer import NORMED
@@ -46,6 +46,7 @@ class Medusa:
     def __init__(self, weights: MedusaWeights, around: Surroundings) -> None:
         self.weights = weights
         self.around = around
+        self.trees = CandidateTrees()
         self._states: dict[int, _State] = {}
 
     def observe(self, seen: SequenceOf[Seen]) -> None:
@@ -59,6 +60,7 @@ class Medusa:
 
     def release(self, sequence: Sequence) -> None:
         self._states.pop(sequence.seq_id, None)
+        self.trees.release(sequence.seq_id)
 
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
@@ -68,7 +70,7 @@ class Medusa:
             return guesses
         asked = [wants[index] for index in able]
         for index, want, levels in zip(able, asked, self._levels(asked), strict=True):
-            guesses[index] = best_first(levels, want.limit)
+            guesses[index] = self.trees.grow(want.sequence, levels, want.limit, spreads=True)
         return guesses
 
     def _knows(self, sequence: Sequence) -> bool:
