@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from engine.drafting import LIGHT
+from engine.drafting.skipped_layers import SkippedLayers
 from scheduler.types import FinishReason
-from tests.engine.drafting.test_speculative_text import PROMPTS, SAMPLINGS, Generous
+from tests.engine.drafting import test_speculative_text
+from tests.engine.drafting.test_speculative_text import PROMPTS, Generous
 from tests.engine.tiny import TINY, request, run, tiny_core
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ OPEN, CLOSE, STOP = 20, 21, 22
 DIGITS = range(10, 16)
 LETTERS = range(60, 70)
 DEPTH = 3
+SAMPLINGS = {name: test_speculative_text.SAMPLINGS[name] for name in ("greedy", "warm", "hot")}
 
 
 class Automaton:
@@ -85,7 +88,7 @@ def asked(method, sampling, **fields):
             method=method,
             seed=number,
             logprobs=1,
-            **{"max_tokens": 40, "stop_token_ids": (STOP,)} | sampling | fields,
+            **{"max_tokens": 30, "stop_token_ids": (STOP,)} | sampling | fields,
         )
         for number, prompt in enumerate(PROMPTS * 2)
     ]
@@ -103,10 +106,10 @@ def plain():
     return {name: told(core, asked("autoregressive", sampling)) for name, sampling in SAMPLINGS.items()}
 
 
-@pytest.mark.parametrize("drafter", ["auto", *LIGHT])
+@pytest.mark.parametrize("drafter", ["auto", *LIGHT, "skipped_layers"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_every_drafter_gives_the_masked_text_of_plain_decoding(name, drafter, plain):
-    core = tiny_core()
+    core = tiny_core(drafters=lambda around: {"skipped_layers": SkippedLayers(around)})
     masks = masked(core)
     drafted = 0
     for _ in range(2):  # the second time the first answers are known
