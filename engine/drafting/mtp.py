@@ -8,6 +8,7 @@ is where there is one. A head whose layer is not of the shape that the model's o
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def load_mtp(around: Surroundings, free_bytes: int) -> HeadDrafter:
             f"{where}: multi-token prediction heads are read from folders of safetensors files, and this is "
             f"none: draft without 'mtp'"
         )
-    return _load(checkpoint.path, around, free_bytes)
+    return _load(checkpoint.path, around, free_bytes, own=True)
 
 
 def load(folder: Path, config_json: Mapping[str, Any], around: Surroundings, free_bytes: int) -> HeadDrafter:
@@ -84,7 +85,8 @@ def load(folder: Path, config_json: Mapping[str, Any], around: Surroundings, fre
     return _load(folder, around, free_bytes)
 
 
-def _load(folder: Path, around: Surroundings, free_bytes: int) -> HeadDrafter:
+def _load(folder: Path, around: Surroundings, free_bytes: int, *, own: bool = False) -> HeadDrafter:
+    """`own`: it is one part of many in the folder, of which nobody has counted the bytes."""
     parts = CheckpointParts(folder)
     target = around.model.config
     spelling = _spelling(parts, target.num_layers)
@@ -93,6 +95,8 @@ def _load(folder: Path, around: Surroundings, free_bytes: int) -> HeadDrafter:
     others = _others(config, spelling)
     stored = [piece.stored for one in others for piece in one.pieces]
     refuse_others(parts, spelling.layer, layers, (*stored, *spelling.shared))
+    if own:
+        free_bytes -= _bytes(folder, [*layers, *others], around.dtype, free_bytes)
     weights = parts.load([*layers, *others], around.dtype, around.device)
     head = FusingHead(
         layers=take_layers(config, weights, around.ops),
@@ -105,6 +109,17 @@ def _load(folder: Path, around: Surroundings, free_bytes: int) -> HeadDrafter:
     )
     kv = DraftKV.beside(around, config, free_bytes)
     return HeadDrafter(head, kv, around, pass_share(config, target.vocab_size, target))
+
+
+def _bytes(folder: Path, targets: list[Target], dtype: torch.dtype, free_bytes: int) -> int:
+    """Raises CheckpointError where there is not so much."""
+    num_bytes = sum(prod(target.shape) for target in targets) * dtype.itemsize
+    if num_bytes > free_bytes:
+        raise CheckpointError(
+            f"{folder}: the multi-token prediction head takes {num_bytes} bytes, {max(free_bytes, 0)} are "
+            f"free for it: lower kv_cache_bytes, or draft without 'mtp'"
+        )
+    return num_bytes
 
 
 def _spelling(parts: CheckpointParts, num_layers: int) -> _Spelling:
@@ -135,8 +150,8 @@ def _layer_config(
     experts = any(name.startswith(f"{spelling.layer}mlp.experts.") for name in names)
     if experts and target.experts is None:
         raise CheckpointError(
-            f"'{spelling.layer}mlp.experts.' are stored for the multi-token prediction head of a model "
-            f"without experts: draft without 'mtp'"
+            f"'{spelling.layer}mlp.experts.' tensors are stored for the head of a model without experts: "
+            f"draft without 'mtp'"
         )
     layer = replace(target.layers[-1], window=0, chunk=0, experts=experts)
     return replace(target, layers=(layer,))

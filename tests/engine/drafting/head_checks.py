@@ -81,9 +81,11 @@ def guess(drafter: HeadDrafter, *sequences: Sequence, limit: int = 16):
     return drafter.guess([Want(one, limit) for one in sequences])
 
 
-def assert_defined(drafter: HeadDrafter, definition: Definition, sequence: Sequence) -> int:
+def assert_defined(
+    drafter: HeadDrafter, definition: Definition, sequence: Sequence, num_parents: int = 64
+) -> int:
     """Every node of the last guess's tree is what the definition, given its path alone, says of it -> how
-    many there are."""
+    many there are. `num_parents`: how many nodes' children are looked at."""
     _, tree = drafter._trees[sequence.seq_id]
     progress = drafter.waiting.of(sequence.seq_id)
     tokens = sequence.tokens
@@ -92,7 +94,7 @@ def assert_defined(drafter: HeadDrafter, definition: Definition, sequence: Seque
     children: dict[int, list[int]] = {}
     for node, one in enumerate(tree.nodes):
         children.setdefault(one.parent, []).append(node)
-    for parent, nodes in children.items():
+    for parent, nodes in list(children.items())[:num_parents]:
         path = tree.path(parent) if parent != ROOT else ()
         logits = definition.logits(seen, behind, path)[None]
         place = Place(sequence, path, drafter.around.processor_of(sequence))
