@@ -67,6 +67,8 @@ class DraftModel:
         self, logits: torch.Tensor, after: SequenceOf[tuple[Sequence, tuple[int, ...]]]
     ) -> list[Successors]:
         """logits float32 [R, vocab_size], of rows each of which stands behind these drafts of a sequence."""
+        if not after:
+            return []
         places = [Place(sequence, path, self.processor_of(sequence)) for sequence, path in after]
         best = candidates(logits, places, SUCCESSORS)
         found = [Successors(*row) for row in zip(best.tokens.tolist(), best.chances.tolist(), strict=True)]

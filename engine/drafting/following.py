@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 CATCH_UP_TOKENS = 512  # are computed with one guess at most, over all sequences
-MAX_NODES = TREE_SLOTS - 1  # of a tree
 
 
 class Stretch(NamedTuple):
@@ -58,8 +57,7 @@ class Following:
         able.sort(key=self._num_lacking)
         lacking = [self._num_lacking(want) for want in able]
         roomy = self.kv.reserve(
-            (want.sequence.seq_id, len(self.text(want.sequence)) + min(want.limit, MAX_NODES))
-            for want in able
+            (want.sequence.seq_id, len(self.text(want.sequence)) + TREE_SLOTS) for want in able
         )
         found: list[Stretch] = []
         left = CATCH_UP_TOKENS
@@ -69,7 +67,7 @@ class Following:
                 start = num_tokens - lacks
                 end = start + min(lacks, left)
                 left -= end - start
-                limit = min(want.limit, MAX_NODES)
+                limit = min(want.limit, TREE_SLOTS)
                 found.append(Stretch(want, start, end, limit, catches_up=end == num_tokens))
         return found
 

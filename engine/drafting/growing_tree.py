@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engine.drafting.standing import Standing
 
 LEAST_SCORE = 0.01  # what is less likely is not drafted
+MAX_COMPUTED = 64  # nodes, also those that dropped out of the best: each names in one word whom it sees
 
 
 class Node(NamedTuple):
@@ -60,11 +61,10 @@ class GrowingTree:
         return 1.0 + sum(self.nodes[node].score for node in self._best)
 
     def front(self) -> list[int]:
-        """Nodes whose children may be among the best, best first. No more nodes are computed than may be
-        drafted: there is no room for more."""
+        """Nodes whose children may be among the best and that there is room for, best first."""
         deepest = self.limit - 1  # a line of all drafts ends there
         found = [node for node in self._best if node not in self._words and self.nodes[node].depth < deepest]
-        return found[: self.limit - len(self.computed)]
+        return found[: MAX_COMPUTED - len(self.computed)]
 
     def path(self, node: int) -> tuple[int, ...]:
         """Tokens from the first draft to the node."""

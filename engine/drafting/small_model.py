@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 MAX_PASSES = 24  # with one guess
+MUCH_LESS = 0.1  # of the chance of a tree's best node: such nodes are not computed with it
 GAIN = 0.8  # the chances of a pass's nodes, times this, are the tokens that it is expected to gain
 
 
@@ -92,7 +93,9 @@ class SmallModel:
         second would fall. As many rows as there are sequences, and those that fill up a block of rows."""
         num_rows = len(trees) + -len(trees) % self.row_multiple
         front = [
-            (tree.nodes[node].score, seq_id, node) for seq_id, tree in trees.items() for node in tree.front()
+            (tree.nodes[node].score, seq_id, node)
+            for seq_id, tree in trees.items()
+            for node in _leading(tree)
         ]
         front.sort(reverse=True)
         del front[num_rows:]
@@ -120,3 +123,9 @@ class SmallModel:
         for seq_id, members in nodes.items():
             for node, found in zip(members, islice(best, len(members)), strict=True):
                 trees[seq_id].grow(node, found.tokens, found.chances)
+
+
+def _leading(tree: GrowingTree) -> list[int]:
+    front = tree.front()
+    least = MUCH_LESS * tree.nodes[front[0]].score if front else 0.0
+    return [node for node in front if tree.nodes[node].score >= least]

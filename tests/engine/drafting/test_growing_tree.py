@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from engine.drafting.growing_tree import GrowingTree
+from engine.drafting.growing_tree import MAX_COMPUTED, GrowingTree
 from engine.drafting.guess import ROOT
 from engine.drafting.kinds import belief_of
 from engine.drafting.standing import Standing
@@ -18,9 +18,10 @@ def grown(rng: random.Random, limit: int, passes: int = 30) -> GrowingTree:
             chances = sorted((rng.random() ** 2 for _ in range(3)), reverse=True)
             tree.grow(parent, rng.sample(range(50), 3), chances)
         parents = tree.front()[: rng.randrange(1, 4)]
+        words = tree.compute(parents)
+        assert all(0 < word < 2**64 for word in words)
         if not parents:
             break
-        tree.compute(parents)
     return tree
 
 
@@ -35,7 +36,7 @@ def test_a_guess_is_the_best_of_what_was_found_and_a_tree():
         assert len(set(zip(guess.parents, guess.tokens, strict=True))) == len(guess.tokens)
         scores = sorted((node.score for node in tree.nodes), reverse=True)
         assert tree.expected == 1 + sum(scores[:limit])
-        assert len(tree.computed) <= limit, "there is room for so many"
+        assert len(tree.computed) <= MAX_COMPUTED, "there is room for so many"
 
 
 def test_words_name_ancestors_among_the_computed():

@@ -115,13 +115,14 @@ def test_long_prompts_are_caught_up_with_over_several_guesses(model, monkeypatch
     guesses = [drafter.guess([Want(long, 8), Want(short, 8)]) for _ in range(5)]
     assert all(guess.tokens for _, guess in guesses), "the short one waits for nobody"
     assert [bool(guess.tokens) for guess, _ in guesses] == [False, False, False, True, True]
+    assert drafter.guess([Want(sequence(PROMPT * 2, 3), 8)]) == [NO_GUESS], "nobody is ready"
     monkeypatch.undo()
     (alone,) = small_model(model).guess([Want(long, 8)])
     assert guesses[3][0].tokens[0] == alone.tokens[0]
 
 
 def test_with_few_pages_some_are_served_and_nothing_is_lost(model):
-    drafter = small_model(model, num_pages=8)
+    drafter = small_model(model, num_pages=17)
     wants = [Want(sequence(PROMPT, seq_id), 8) for seq_id in range(6)]
     for _ in range(3):
         served = [bool(guess.tokens) for guess in drafter.guess(wants)]
@@ -130,7 +131,7 @@ def test_with_few_pages_some_are_served_and_nothing_is_lost(model):
     assert served == [True, True], "who is not asked for makes room"
     for want in wants:
         drafter.release(want.sequence)
-    assert drafter.draft.kv.num_free_blocks == 8
+    assert drafter.draft.kv.num_free_blocks == 17
 
 
 def test_what_does_not_fit_the_model_gets_no_guess(model):
@@ -140,7 +141,7 @@ def test_what_does_not_fit_the_model_gets_no_guess(model):
     first, second, third = drafter.guess(wants)
     assert (first, third) == (NO_GUESS, NO_GUESS)
     assert second.tokens
-    assert len(drafter.guess([Want(sequence([7] * 20, 4), 1000)])[0].tokens) <= 63
+    assert len(drafter.guess([Want(sequence([7] * 20, 4), 1000)])[0].tokens) <= 64
 
 
 def test_limits_are_kept(model):

@@ -77,7 +77,7 @@ def test_also_where_pages_places_or_tokens_are_few(settings, plain):
 
 
 def few_pages(around):
-    kv = DraftKV(TINY, around.ops, 5, 16, 576, around.max_num_seqs, around.dtype, around.device)
+    kv = DraftKV(TINY, around.ops, 10, 16, 576, around.max_num_seqs, around.dtype, around.device)
     draft = DraftModel(around.model, kv, TINY.vocab_size, around.processor_of)
     return {"model": SmallModel(draft, Following(kv, 512, TINY.vocab_size), cost=0.1)}
 
