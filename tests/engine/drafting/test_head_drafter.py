@@ -140,7 +140,7 @@ def test_random_heads_cost_speed_only_and_read_what_the_target_computed(kind, na
 def test_also_through_preemption_and_chunked_prompts(tmp_path):
     def asked(**fields):
         prompts = [[7 * number + 3 + k for k in range(5 + number)] for number in range(4)]
-        fields = {"max_tokens": 34, "logprobs": 1, **SAMPLINGS["hot"], **fields}
+        fields = {"max_tokens": 44, "logprobs": 1, **SAMPLINGS["hot"], **fields}
         return [request(f"r{seed}", prompt, seed=seed, **fields) for seed, prompt in enumerate(prompts)]
 
     expected = told(tiny_core(), asked())
