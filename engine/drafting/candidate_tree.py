@@ -106,6 +106,16 @@ class CandidateTrees:
         self.experience = Experience()
         self._last: dict[int, tuple[int, Guess]] = {}  # behind so many tokens
 
+    def hope(self, sequence: Sequence, level: Level, depth: int) -> float:
+        """The chance of the candidate that is likeliest to stand at this place, if those before it do."""
+        drawn = is_random(Place(sequence))
+        return max(
+            self.experience.chance(_kind(chance, rank, depth, drawn=drawn), belief_of(chance))
+            if chance
+            else 0.0
+            for rank, chance in enumerate(level.chances)
+        )
+
     def grow(self, sequence: Sequence, levels: SequenceOf[Level], limit: int, *, spreads: bool) -> Guess:
         """The best drafts behind the sequence's last token; see `best_first`."""
         self._learn(sequence)

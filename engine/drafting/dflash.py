@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from engine.drafting.candidate_tree import CandidateTrees, Level
+from engine.drafting.candidate_tree import LEAST_CHANCE, CandidateTrees, Level
 from engine.drafting.dflash_config import read_config
 from engine.drafting.dflash_heads import BlockHeads
 from engine.drafting.dflash_layers import BlockLayers
@@ -155,7 +155,7 @@ class DFlash:
         )
 
     def _guesses(self, ready: list[_Ready], hidden: torch.Tensor, deepest: int) -> dict[int, Guess]:
-        """hidden [R, block, hidden] -> a tree for each, of candidates for `deepest` places"""
+        """hidden [R, block, hidden] -> a tree for each, of candidates for at most `deepest` places"""
         first = self.config.first_row
         asked = hidden[:, first : first + deepest]
         base = self.heads.base(asked.flatten(0, 1)).view(len(ready), deepest, -1)
@@ -165,7 +165,10 @@ class DFlash:
         levels: list[list[Level]] = [[] for _ in ready]
         before = torch.tensor([one.tokens[-1] for one in sequences], device=hidden.device)
         memory = self.heads.begin(len(ready))
+        hopes = [1.0] * len(ready)
         for depth in range(deepest):
+            if max(hopes) < LEAST_CHANCE:
+                break
             guessed, memory = self.heads.place(asked[:, depth], base[:, depth], before, memory)
             places = [Place(*place) for place in zip(sequences, paths, processors, strict=True)]
             found = candidates(guessed.logits, places, WIDTH)
@@ -176,6 +179,7 @@ class DFlash:
             for row, level in enumerate(Level(*entry) for entry in rows):
                 levels[row].append(level)
                 paths[row] = (*paths[row], level.tokens[0])
+                hopes[row] *= self.trees.hope(sequences[row], level, depth)
         if not all(line[0].chances[0] for line in levels):
             self.kv.storage.tainted = True  # perhaps numbers went wrong: pages are cleared from now on
         spreads = self.heads.spreads

@@ -49,7 +49,6 @@ _FORMS = {
 # What would change the arithmetic in ways that nobody here knows; absent and null always pass.
 _FIXED: dict[str, tuple[object, ...]] = {
     "model_type": ("qwen3", "dspark"),
-    "speculators_model_type": (),
     "projector_type": ("dflash", "dspark"),
     "attention_mode": ("gqa",),
     "attention_sink_bias": (False,),
@@ -93,6 +92,12 @@ def read_config(folder: Path, config_json: Mapping[str, Any], target: Transforme
     source = f"{folder}: config.json"
     nested = Fields(source, config_json).within("dflash_config").values
     fields = Fields(source, {**config_json, **nested})
+    if fields.has("speculators_model_type"):
+        raise fields.unsupported(
+            "speculators_model_type",
+            fields.values["speculators_model_type"],
+            ": take the drafter as z-lab/dflash or deepseek-ai/DeepSpec publish it",
+        )
     form = _form(fields)
     for name, allowed in _FIXED.items():
         fields.check(name, *allowed)

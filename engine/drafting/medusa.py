@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from engine.drafting.candidate_tree import CandidateTrees, Level
+from engine.drafting.candidate_tree import LEAST_CHANCE, CandidateTrees, Level
 from engine.drafting.guess import NO_GUESS
 from engine.drafting.medusa_weights import MedusaWeights, read_medusa
 from engine.models.transformer import NORMED
@@ -78,13 +78,16 @@ class Medusa:
         return state is not None and state.length == len(sequence.tokens)
 
     def _levels(self, wants: list[Want]) -> list[list[Level]]:
-        """Candidates for each place of each want; what a request asks of its logits (penalties, bad words)
-        is asked as if the best candidates stood before."""
+        """Candidates for each place of each want, as far as there is hope; what a request asks of its logits
+        (penalties, bad words) is asked as if the best candidates stood before."""
         features = torch.stack([self._states[want.sequence.seq_id].feature for want in wants])
         levels: list[list[Level]] = [[] for _ in wants]
         paths: list[tuple[int, ...]] = [() for _ in wants]
+        hopes = [1.0] * len(wants)
         deepest = max(want.limit for want in wants)
         for head in range(min(self.weights.num_heads, deepest)):
+            if max(hopes) < LEAST_CHANCE:
+                break
             places = [
                 Place(want.sequence, path, self.around.processor_of(want.sequence))
                 for want, path in zip(wants, paths, strict=True)
@@ -94,6 +97,7 @@ class Medusa:
             for row, level in enumerate(map(Level, tokens, chances)):
                 levels[row].append(level)
                 paths[row] = (*paths[row], level.tokens[0])
+                hopes[row] *= self.trees.hope(wants[row].sequence, level, head)
         return levels
 
     def logits(self, features: torch.Tensor, head: int) -> torch.Tensor:

@@ -76,7 +76,8 @@ def line_of(guess):
 
 
 def watched(monkeypatch):
-    """The logits that the heads give, place by place."""
+    """The logits that the heads give, place by place, hopeless ones too."""
+    monkeypatch.setattr("engine.drafting.dflash.LEAST_CHANCE", 0.0)
     given = []
     place = BlockHeads.place
 
@@ -200,6 +201,7 @@ def test_the_confidence_of_a_place_scales_its_chances(tmp_path, around, monkeypa
         return result
 
     monkeypatch.setattr(BlockHeads, "place", noted)
+    monkeypatch.setattr("engine.drafting.dflash.LEAST_CHANCE", 0.0)
     sequence = one_sequence([1, 2, 3], **GREEDY)
     drafter.observe([seen(sequence, 0, [1, 2, 3], features_of(drafter, 3))])
     sequence.tokens.append(7)
@@ -242,6 +244,11 @@ def test_limits_are_kept_and_what_is_not_finite_is_not_drafted(tmp_path, around)
             BASE,
             {"architectures": ["LagunaDFlashModel"]},
             "architectures = .* is not supported; these are: DFlash",
+        ),
+        (
+            BASE,
+            {"speculators_model_type": "dflash"},
+            "= 'dflash' is not supported: take the drafter as z-lab",
         ),
         (BASE, {"architectures": None}, "architectures = None is not supported"),
         (BASE, {"hidden_size": 64}, "hidden_size 64 and vocab_size 300, the model has 48 and 300: take"),

@@ -100,12 +100,19 @@ def test_random_weights_never_give_another_text(core, name, plain):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("settings", [{"num_pages": 12}, {"max_num_batched_tokens": 16, "max_num_seqs": 3}])
-def test_also_where_sequences_are_preempted_and_prompts_come_in_chunks(name, settings, plain, tmp_path):
-    core = eager(tiny_core(drafters=MAKERS[name](tmp_path), **settings))
+def test_also_where_sequences_are_preempted_and_prompts_come_in_chunks(name, tmp_path):
+    few = {"num_pages": 8, "max_num_batched_tokens": 24}
     drafter = "medusa" if name == "medusa" else "dflash"
-    for sampling in ("greedy", "hot"):
-        assert told(core, asked("speculative", SAMPLINGS[sampling], drafter=drafter)) == plain[sampling]
+    texts = []
+    for method in ("autoregressive", "speculative"):
+        core = eager(tiny_core(drafters=MAKERS[name](tmp_path), **few))
+        wanted = [
+            request(f"r{index}", prompt, method=method, drafter=drafter, max_tokens=36, **SAMPLINGS["hot"])
+            for index, prompt in enumerate((PROMPTS[0], PROMPTS[0][3:], PROMPTS[1]))
+        ]
+        texts.append({key: one.tokens for key, one in run(core, *wanted).items()})
+        assert core.scheduler.stats().num_preempted_for_pages
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("name", ["medusa", "dflash"])
