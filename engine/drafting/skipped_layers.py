@@ -10,26 +10,29 @@ attention or MLP alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from engine.drafting.guess import NO_GUESS, ROOT, Guess, Seen, Want
-from engine.drafting.kinds import belief_of, kind_of
+from engine.drafting.draft_model import SUCCESSORS
+from engine.drafting.growing_tree import GrowingTree
+from engine.drafting.guess import NO_GUESS, ROOT
 from engine.drafting.layer_search import LONGEST_DRAFT, LayerSearch
 from engine.drafting.scratch_pages import Piece, ScratchPages, Stretch
+from engine.drafting.standing import Standing
 from engine.sampling.candidates import candidates
 from engine.sampling.places import Place
+from engine.sampling.ranking import is_random
 from scheduler.types import Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
+    from engine.drafting.guess import Guess, Seen, Want
     from engine.drafting.surroundings import Surroundings
     from engine.models.transformer import Rows, Transformer
 
-CLOSE = 0.4  # a second candidate with so much of the first one's chance is guessed as well
 TRIAL_ROWS = 32  # committed tokens that a set of layers is tried on at a time
 TRIAL_EVERY = 96  # tokens that are committed between two trials; twice as many ..
 PATIENCE = 12  # .. each time that so many proposals in a row were no better, up to
@@ -38,36 +41,27 @@ RAREST_TRIAL = 4096
 
 @dataclass(slots=True)
 class _Draft:
-    """A sequence's guess as it grows: a line, and leaves beside it."""
+    """A sequence's guess as it grows: a line of first choices, and others beside it."""
 
     stretch: Stretch
-    limit: int
+    tree: GrowingTree
     line: tuple[int, ...] = ()
-    chance: float = 1.0  # of the whole line
     tip: int = ROOT
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    chances: list[tuple[float, int]] = field(default_factory=list)  # and rank
 
-    def add(self, tokens: list[int], chances: list[float]) -> None:
-        """What may follow the line, the likeliest first; the line goes on with that."""
-        for rank, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
-            if rank and (chance < CLOSE * chances[0] or len(self.tokens) == self.limit):
-                break
-            self.tokens.append(token)
-            self.parents.append(self.tip)
-            self.chances.append((chance, rank))
-        self.tip = len(self.tokens) - 1 - (self.chances[-1][1])
-        self.line += (tokens[0],)
-        self.chance *= chances[0]
+    def add(self, tokens: list[int], chances: list[float]) -> bool:
+        """What may follow the line, best first -> whether it goes on with that."""
+        first = len(self.tree.nodes)
+        self.tree.grow(self.tip, tokens, chances)
+        if len(self.tree.nodes) == first:
+            return False
+        self.tip = first
+        self.line += (self.tree.nodes[first].token,)
+        return True
 
-    def guess(self) -> Guess:
-        return Guess(
-            tuple(self.tokens),
-            tuple(self.parents),
-            tuple(kind_of(chance, rank) for chance, rank in self.chances),
-            tuple(belief_of(chance) for chance, _ in self.chances),
-        )
+    def is_worth(self, share: float) -> bool:
+        """Whether the next draft may be: it costs this share of a step, and so likely it should be."""
+        chance = self.tree.nodes[self.tip].score
+        return chance >= share and len(self.line) < self.stretch.length
 
 
 class SkippedLayers:
@@ -80,6 +74,8 @@ class SkippedLayers:
         self._scratch = ScratchPages(around)
         model = around.model
         self.search = search or LayerSearch(model.config.num_layers, head_layers=head_layers(model))
+        self.standing = Standing()
+        self._trees: dict[int, tuple[int, GrowingTree]] = {}  # guessed behind so many tokens
         self._num_committed = 0  # since the last trial
 
     @torch.inference_mode()
@@ -92,7 +88,7 @@ class SkippedLayers:
             self._scratch.lend(together)
             self._grow([drafts[stretch.sequence.seq_id] for stretch in together])
         return [
-            drafts[want.sequence.seq_id].guess() if want.sequence.seq_id in drafts else NO_GUESS
+            drafts[want.sequence.seq_id].tree.guess() if want.sequence.seq_id in drafts else NO_GUESS
             for want in wants
         ]
 
@@ -100,15 +96,20 @@ class SkippedLayers:
         self._num_committed += sum(len(one.kept) + 1 for one in seen if one.drawn)
 
     def release(self, sequence: Sequence) -> None:
-        """Nothing is kept of a sequence."""
+        self._trees.pop(sequence.seq_id, None)
 
     def _begun(self, want: Want) -> _Draft | None:
-        start = len(want.sequence.tokens) - 1
+        sequence, start = want.sequence, len(want.sequence.tokens) - 1
+        begin, before = self._trees.pop(sequence.seq_id, (0, None))
+        if before is not None:
+            before.followed(sequence.tokens[begin:])  # how good its chances were is noted
         # The last draft needs no slot: nothing follows it.
-        count = min(want.limit, LONGEST_DRAFT, self._scratch.fits(start))
-        if count < 1 or want.sequence.num_computed != start:
+        length = min(want.limit, LONGEST_DRAFT, self._scratch.fits(start))
+        if length < 1 or sequence.num_computed != start:
             return None
-        return _Draft(Stretch(want.sequence, start, count), want.limit)
+        tree = GrowingTree(want.limit, self.standing, drawn=is_random(Place(sequence)))
+        self._trees[sequence.seq_id] = start + 1, tree
+        return _Draft(Stretch(sequence, start, length), tree)
 
     def _grow(self, drafts: list[_Draft]) -> None:
         """One token further for all of them, until none is worth another."""
@@ -121,22 +122,12 @@ class SkippedLayers:
                 last = draft.line[-1] if draft.line else sequence.tokens[-1]
                 pieces.append(Piece(sequence.seq_id, start + len(draft.line), (last,)))
                 places.append(Place(sequence, draft.line, self._around.processor_of(sequence)))
-            logits = self._logits(self._scratch.rows(pieces), kept)
-            found = candidates(logits, places, 2)
-            for draft, tokens, chances in zip(
-                drafts, found.tokens.tolist(), found.chances.tolist(), strict=True
-            ):
-                if chances[0] > 0.0:
-                    draft.add(tokens, chances)
-                else:
-                    draft.chance = 0.0
-            # A further draft costs this share of a step; so likely it should be to be of use.
+            best = candidates(self._logits(self._scratch.rows(pieces), kept), places, SUCCESSORS)
+            found = zip(drafts, best.tokens.tolist(), best.chances.tolist(), strict=True)
             drafts = [
                 draft
-                for draft in drafts
-                if draft.chance >= share
-                and len(draft.line) < draft.stretch.length
-                and len(draft.tokens) < draft.limit
+                for draft, tokens, chances in found
+                if draft.add(tokens, chances) and draft.is_worth(share)
             ]
 
     def _logits(self, rows: Rows, kept: tuple[int, ...]) -> torch.Tensor:

@@ -37,7 +37,9 @@ SAMPLINGS = {
 
 
 def core_of(config=DEEP, weights=None, **settings):
-    return core_around(config, weights or random_weights(config), replace(SETTINGS, **settings))
+    return core_around(
+        config, weights or random_weights(config), replace(SETTINGS, **({"num_pages": 64} | settings))
+    )
 
 
 class Eager(LayerSearch):
@@ -85,7 +87,7 @@ def line_of(guess):
 
 def asked(sampling, **fields):
     return [
-        request(f"r{number}", prompt, max_tokens=14, seed=number, **sampling, **fields)
+        request(f"r{number}", prompt, max_tokens=10, seed=number, **sampling, **fields)
         for number, prompt in enumerate(PROMPTS)
     ]
 
@@ -95,7 +97,7 @@ def asked(sampling, **fields):
 def test_with_nothing_skipped_every_draft_is_what_the_target_says(config, name, page_size):
     core = core_of(config, page_size=page_size)
     told = drafted(core, drafter_of(core), asked(SAMPLINGS[name]))
-    assert sum(len(line_of(guess)) for guess, _ in told) > 300
+    assert sum(len(line_of(guess)) for guess, _ in told) > 200
     for guess, said in told:
         line = line_of(guess)
         assert line
@@ -144,10 +146,10 @@ def test_preempted_and_shared_prefixes_and_aborts_change_nothing():
     core = core_of(num_pages=8, max_num_batched_tokens=24)
     requests = [
         request(f"r{number}", PROMPTS[0][:20], max_tokens=36, seed=number, num_choices=2)
-        for number in range(3)
+        for number in range(2)
     ]
-    ending = lambda number: abort(core, "r2") if number == 30 else None  # noqa: E731
-    told = drafted(core, drafter_of(core), requests, on_step=ending)
+    ending = lambda number: abort(core, "r1") if number == 30 else None  # noqa: E731
+    told = drafted(core, drafter_of(core), requests, 3, on_step=ending)
     assert core.scheduler.stats().num_preemptions
     assert core.scheduler.stats().prefix_hit_tokens
     assert all(line_of(guess)[: len(said)] == said[: len(line_of(guess))] for guess, said in told)

@@ -40,7 +40,7 @@ def core_of(config=DEEP, skipped=None, search=Eager, **settings):
 
 def asked(sampling, **fields):
     return [
-        request(f"r{number}", prompt, max_tokens=20, logprobs=2, seed=number, **sampling, **fields)
+        request(f"r{number}", prompt, max_tokens=14, logprobs=2, seed=number, **sampling, **fields)
         for number, prompt in enumerate(PROMPTS)
     ]
 
