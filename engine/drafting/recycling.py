@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 CANDIDATES = 8  # after each token
 MAX_DRAFTS = 24  # of a guess
 LEAST_CHANCE = 0.02  # of a draft, with all that it follows
-MAX_ROWS = 24  # of a step are looked at: on a CPU that takes 15 us each
+MAX_ROWS = 64  # of a step are looked at; on a CPU that takes 15 us each, and some time for each call:
+FEW_ROWS = 4  # of a sequence: they are copied, to be looked at together with others'
 MAX_TABLE_BYTES = 128 * 2**20  # of all tables, if every token occurs in each
 FEWEST_TABLES = 4
 CHUNK = 128  # logits; see `largest`
@@ -97,12 +98,17 @@ class Recycling:
         return Guess(tuple(tokens), tuple(parents), tuple(kinds), tuple(beliefs)) if tokens else NO_GUESS
 
     def observe(self, seen: SequenceOf[Seen]) -> None:
-        picked = self._pick([one for one in seen if one.drawn and one.logits is not None])
-        if not picked:
+        few: list[tuple[Seen, list[int]]] = []
+        for one, rows in self._pick([one for one in seen if one.drawn and one.logits is not None]):
+            if len(rows) < FEW_ROWS:
+                few.append((one, rows))
+            else:
+                self._learn(one, rows, self._largest(_rows(one, rows)))
+        if not few:
             return
-        found = largest(_rows(picked), self._width).cpu().numpy().astype(np.int32)
+        found = self._largest(torch.cat([_rows(one, rows) for one, rows in few]))
         begin = 0
-        for one, rows in picked:
+        for one, rows in few:
             self._learn(one, rows, found[begin : begin + len(rows)])
             begin += len(rows)
 
@@ -128,6 +134,10 @@ class Recycling:
     def release(self, sequence: Sequence) -> None:
         """What was learned of it stays."""
 
+    def _largest(self, logits: torch.Tensor) -> NDArray[np.int32]:
+        """logits [R, V] -> [R, CANDIDATES]"""
+        return largest(logits, self._width).cpu().numpy().astype(np.int32)
+
     def _learn(self, one: Seen, rows: list[int], found: NDArray[np.int32]) -> None:
         """found [rows, CANDIDATES]; of two rows about the same token the first one counts."""
         computed = one.tokens[len(one.tokens) - len(one.drawn) :]
@@ -150,13 +160,10 @@ class Recycling:
         return found
 
 
-def _rows(picked: SequenceOf[tuple[Seen, list[int]]]) -> torch.Tensor:
-    """-> float32 [all rows, V]"""
-    parts = []
-    for one, rows in picked:
-        assert one.logits is not None
-        parts.append(one.logits if rows == list(range(len(one.logits))) else one.logits[rows])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _rows(one: Seen, rows: list[int]) -> torch.Tensor:
+    """-> float32 [rows, V], without copying them where they are all there are."""
+    assert one.logits is not None
+    return one.logits if len(rows) == len(one.logits) else one.logits[rows]
 
 
 def _kind(rank: int, depth: int, times: int) -> int:
