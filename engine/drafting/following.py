@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 CATCH_UP_TOKENS = 512  # are computed with one guess at most, over all sequences
+LONG = 128  # who lacks more tokens gets its drafts with the next guess: then all guesses take about as long
 
 
 class Stretch(NamedTuple):
     """Committed tokens `start .. end` of a sequence, as the draft model reads them, to be computed now;
-    `limit` drafts may follow where it `catches_up`: no committed token is behind them."""
+    `limit` drafts may follow where it `catches_up`: no committed token is behind them, and they are few."""
 
     want: Want
     start: int
@@ -68,7 +69,8 @@ class Following:
                 end = start + min(lacks, left)
                 left -= end - start
                 limit = min(want.limit, TREE_SLOTS)
-                found.append(Stretch(want, start, end, limit, catches_up=end == num_tokens))
+                catches_up = end == num_tokens and lacks <= LONG
+                found.append(Stretch(want, start, end, limit, catches_up))
         return found
 
     def piece(self, stretch: Stretch, masks: tuple[int, ...] = ()) -> DraftPiece:

@@ -36,6 +36,9 @@ class Guess(NamedTuple):
 
 
 NO_GUESS = Guess()
+# Known by its identity: the drafter still reads what the sequence has, and drafts for it later. This says
+# nothing of the worth of its drafts, nor does the time of such a call say what guesses take.
+CATCHING_UP = Guess()
 
 
 def line(tokens: SequenceOf[int], kinds: SequenceOf[int], belief: float) -> Guess:

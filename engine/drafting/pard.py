@@ -13,7 +13,7 @@ import torch
 
 from engine.drafting.candidate_tree import CandidateTrees, Level
 from engine.drafting.draft_model import load_draft_model
-from engine.drafting.guess import NO_GUESS
+from engine.drafting.guess import CATCHING_UP, NO_GUESS
 from engine.models.fields import Fields
 from engine.weights.errors import CheckpointError
 
@@ -66,7 +66,8 @@ class Pard:
             self.draft.kv.crop(stretch.seq_id, stretch.end)
         ready = [stretch for stretch in stretches if stretch.catches_up]
         levels = self._levels(ready, logits)
-        guesses = {
+        guesses = dict.fromkeys((stretch.seq_id for stretch in stretches), CATCHING_UP)
+        guesses |= {
             stretch.seq_id: self.trees.grow(stretch.want.sequence, found, stretch.limit, spreads=True)
             for stretch, found in zip(ready, levels, strict=True)
         }

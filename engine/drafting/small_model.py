@@ -15,7 +15,7 @@ import torch
 
 from engine.drafting.draft_model import load_draft_model, pass_cost
 from engine.drafting.growing_tree import GrowingTree
-from engine.drafting.guess import NO_GUESS, ROOT
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, ROOT
 from engine.drafting.standing import Standing
 from engine.sampling.places import Place
 from engine.sampling.ranking import is_random
@@ -67,8 +67,9 @@ class SmallModel:
                 break
             pieces = [self.following.nodes(seq_id, members) for seq_id, members in nodes.items()]
             self._grow(trees, nodes, ready, self.draft.logits(pieces))
-        found = (trees.get(want.sequence.seq_id) for want in wants)
-        return [tree.guess() if tree is not None else NO_GUESS for tree in found]
+        guesses = dict.fromkeys((stretch.seq_id for stretch in stretches), CATCHING_UP)
+        guesses |= {seq_id: tree.guess() for seq_id, tree in trees.items()}
+        return [guesses.get(want.sequence.seq_id, NO_GUESS) for want in wants]
 
     def observe(self, seen: SequenceOf[Seen]) -> None:
         """Committed tokens say all."""
