@@ -19,7 +19,7 @@ from engine.drafting.dflash_heads import BlockHeads
 from engine.drafting.dflash_layers import BlockLayers
 from engine.drafting.dflash_weights import read_weights
 from engine.drafting.draft_kv import DraftKV, DraftPiece
-from engine.drafting.guess import NO_GUESS
+from engine.drafting.guess import CATCHING_UP, NO_GUESS
 from engine.drafting.waiting_features import MAX_WAITING_BYTES, Progress, WaitingFeatures
 from engine.models.context import for_context
 from engine.sampling.candidates import candidates
@@ -76,8 +76,13 @@ class DFlash:
 
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
-        ready = self._catch_up(wants)[: max(1, BLOCK_ROWS // self.config.block_size)]
         found: dict[int, Guess] = {}
+        ready = []
+        for want, progress in self._catch_up(wants):
+            if progress.num_waiting:
+                found[want.sequence.seq_id] = CATCHING_UP
+            elif progress.num_read and len(ready) * self.config.block_size < BLOCK_ROWS:
+                ready.append(_Ready(want, progress.num_read))
         if ready:
             hidden = self._blocks(ready)
             deepest = min(self.config.num_drafts, max(one.want.limit for one in ready))
@@ -87,8 +92,8 @@ class DFlash:
                 found |= self._guesses(ready[part], hidden[part], deepest)
         return [found.get(want.sequence.seq_id, NO_GUESS) for want in wants]
 
-    def _catch_up(self, wants: SequenceOf[Want]) -> list[_Ready]:
-        """Take in what waits, the shortest first -> those with a context, for whom nothing waits any more."""
+    def _catch_up(self, wants: SequenceOf[Want]) -> list[tuple[Want, Progress]]:
+        """Take in what waits, the shortest first -> those that there is room for, and how far they are."""
         able = []
         for want in wants:
             progress = self.waiting.of(want.sequence.seq_id)
@@ -108,11 +113,7 @@ class DFlash:
                 seen.append(progress.take(count))
         if pieces:
             self.layers.write_context(torch.cat(seen), self.kv.rows(pieces), self.kv.storage)
-        return [
-            _Ready(want, progress.num_read)
-            for want, progress in able
-            if progress.num_read and not progress.num_waiting
-        ]
+        return able
 
     def _with_room(self, able: list[tuple[Want, Progress]]) -> list[tuple[Want, Progress]]:
         """Those with room in the KV. Who has lost theirs begin anew with what waits."""

@@ -61,10 +61,14 @@ def chain_head(steps: int, sureness: float = 4.0) -> torch.Tensor:
 
 
 def surroundings(
-    config: TransformerConfig = TINY, weights: dict[str, torch.Tensor] | None = None, max_len: int = 256
+    config: TransformerConfig = TINY,
+    weights: dict[str, torch.Tensor] | None = None,
+    max_len: int = 256,
+    dtype: torch.dtype = torch.float32,
 ) -> Surroundings:
     ops, config = pick(CPU), for_context(config, max_len)
-    model = Transformer(config, weights or random_weights(config), ops)
+    weights = weights or random_weights(config)
+    model = Transformer(config, {name: value.to(dtype) for name, value in weights.items()}, ops)
     processors: dict[int, LogitsProcessor] = {}
 
     def processor_of(sequence: Sequence) -> LogitsProcessor | None:
@@ -76,10 +80,10 @@ def surroundings(
     return Surroundings(
         checkpoint=None,
         model=model,
-        storage=KVStorage(config, 64, 16, torch.float32, CPU),
+        storage=KVStorage(config, 64, 16, dtype, CPU),
         batches=BatchBuilder(config, ops, 16, max_len, 8, CPU),
         ops=ops,
-        dtype=torch.float32,
+        dtype=dtype,
         device=CPU,
         max_model_len=max_len,
         max_num_seqs=8,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.drafting.dflash import CATCH_UP_ROWS, load
+from engine.drafting.dflash import CATCH_UP_ROWS, _Ready, load
 from engine.drafting.dflash_heads import BlockHeads
-from engine.drafting.guess import NO_GUESS, Seen, Want
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, Seen, Want
 from engine.models.transformer import NORMED
 from engine.weights.errors import CheckpointError
 from tests.engine.drafting.dflash_folders import BASE, DSPARK, HIDDEN, SECOND, VOCAB, tensors, written
@@ -53,8 +53,8 @@ def reference(config, around, found=None):
     return Reference(
         found or tensors(config),
         {**config, "dflash_config": config["dflash_config"] or {}},
-        model.embedding,
-        model.head,
+        model.embedding.float(),
+        model.head.float(),
     )
 
 
@@ -119,6 +119,25 @@ def test_the_arithmetic_is_the_published_one(tmp_path, monkeypatch, around, name
         assert drafted[0] == expected_tokens[0]
 
 
+@pytest.mark.parametrize("name", ["biases", "second", "dspark, gated", "dspark, with memory"])
+def test_halves_compute_as_well(tmp_path, name):
+    around = surroundings(dtype=torch.bfloat16)
+    config = FORMS[name] | ({"enable_confidence_head": True} if "dspark" in name else {})
+    drafter = drafter_of(tmp_path, config, around)
+    sequence = one_sequence([1, 2, 3], temperature=0.8)
+    features = tuple(tap.bfloat16() for tap in features_of(drafter, 3))
+    drafter.observe([seen(sequence, 0, [1, 2, 3], features)])
+    sequence.tokens.append(7)
+    hidden = drafter._blocks([_Ready(*entry) for entry in ready_of(drafter, sequence)])
+    found = reference(config, around).hidden(torch.cat(features, dim=-1).float(), [7] + [299] * 5)
+    assert torch.nn.functional.cosine_similarity(hidden[0].float(), found).min() > 0.99
+    assert drafter.guess([Want(sequence, 6)])[0] != NO_GUESS
+
+
+def ready_of(drafter, sequence):
+    return [(want, progress.num_read) for want, progress in drafter._catch_up([Want(sequence, 6)])]
+
+
 def test_a_context_that_grows_equals_one_that_is_taken_in_at_once(tmp_path, monkeypatch, around):
     drafter = drafter_of(tmp_path, BASE, around)
     given = watched(monkeypatch)
@@ -178,7 +197,7 @@ def test_a_long_prompt_is_taken_in_over_several_guesses_and_lost_pages_begin_ane
     drafter.observe([seen(sequence, 0, sequence.tokens, features_of(drafter, 40))])
     sequence.tokens.append(7)
     want = [Want(sequence, 5)]
-    assert [drafter.guess(want) == [NO_GUESS] for _ in range(4)] == [True, True, False, False]
+    assert [drafter.guess(want)[0] is CATCHING_UP for _ in range(4)] == [True, True, False, False]
     drafter.kv.release(0)
     assert drafter.guess(want) == [NO_GUESS], "nothing is left that it could read again"
     drafter.observe([seen(sequence, 40, [7], features_of(drafter, 1), (8,))])
