@@ -115,7 +115,7 @@ def _load(found: _Found, around: Surroundings, free_bytes: int) -> Drafter:
         drafter: Drafter = mtp.load_mtp(around, free_bytes)
         size = "heads of the model's own checkpoint"
     elif found.kind in (Kind.MODEL, Kind.PARD):
-        checkpoint = locate(found.source)
+        checkpoint = locate(str(found.folder or found.source))
         drafter = _model(found, checkpoint, around, free_bytes)
         size = f"{found.source} ({checkpoint.size_bytes / 1e6:.1f} MB)"
     else:

@@ -41,7 +41,7 @@ class _State(NamedTuple):
 
 
 class Medusa:
-    taps = (NORMED,)
+    taps: tuple[int, ...] = (NORMED,)
 
     def __init__(self, weights: MedusaWeights, around: Surroundings) -> None:
         self.weights = weights

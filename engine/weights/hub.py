@@ -25,6 +25,7 @@ FILES = (
     "model.safetensors.index.json",
     "model*.safetensors",
     "gptq_model*.safetensors",
+    "medusa_lm_head.safetensors",
 )
 # The library's patterns reach into folders, where other copies of the weights may lie.
 IGNORED = ("*/*.safetensors",)
