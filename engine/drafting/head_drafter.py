@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from engine.drafting.waiting_features import Progress
     from scheduler.types import Sequence
 
-WIDTH = 8  # nodes of a tree that one pass computes at most, and candidates behind each
+WIDTH = 8  # drafts that may stand at one place
 MAX_PASSES = 7  # with one guess, behind the one that reads
 CATCH_UP_ROWS = 2048  # at most so many are read with one guess, over all sequences
 GAIN = 0.8  # a pass gains so much of the chances of the nodes that it computes
@@ -56,24 +56,20 @@ class _Growth(NamedTuple):
         assert self.progress.feature is not None, "a tree without a root"
         return self.progress.feature
 
-    def front(self) -> list[int]:
-        room = TREE_SLOTS - len(self.tree.computed)
-        return self.tree.front()[: min(WIDTH, room)]
-
 
 class HeadDrafter:
     """Positions in the head are counted from the first row that it has of a sequence: rotary positions are
     relative, so it makes no difference where they begin, and so slots and windows stay in step with them.
 
-    `pass_share`: the time of a pass in proportion to one of the target.
+    `cost`: of a pass, in passes of the target.
     """
 
-    def __init__(self, head: Head, kv: DraftKV, around: Surroundings, pass_share: float) -> None:
+    def __init__(self, head: Head, kv: DraftKV, around: Surroundings, cost: float) -> None:
         self.head = head
         self.taps = head.taps
         self.kv = kv
         self.around = around
-        self.pass_share = pass_share
+        self.cost = cost
         self.standing = Standing()
         row_bytes = len(head.taps) * around.model.config.hidden_size * around.dtype.itemsize
         self.waiting = WaitingFeatures(max(1, MAX_WAITING_BYTES // row_bytes))
@@ -159,15 +155,17 @@ class HeadDrafter:
     def _deepen(self, growths: list[_Growth], num_passes: int) -> bool:
         """Compute the most promising nodes of the trees, unless a pass costs more than it gains: tokens per
         second would fall. As many rows as there are sequences, and those that fill up a block of rows."""
-        found = [(growth, node) for growth in growths for node in growth.front()]
+        found = [(growth, node) for growth in growths for node in growth.tree.front()]
         found.sort(key=lambda entry: -entry[0].tree.nodes[entry[1]].score)
         del found[len(growths) + -len(growths) % self.around.ops.row_multiple :]
         gain = GAIN * sum(growth.tree.nodes[node].score for growth, node in found)
         expected = sum(growth.tree.expected for growth in growths)
-        if not found or gain * (1.0 + num_passes * self.pass_share) < expected * self.pass_share:
+        if not found or gain * (1.0 + num_passes * self.cost) < expected * self.cost:
             return False
-        fronts = [(growth, [node for other, node in found if other is growth]) for growth in growths]
-        fronts = [(growth, nodes) for growth, nodes in fronts if nodes]
+        chosen: dict[int, list[int]] = {}
+        for growth, node in found:
+            chosen.setdefault(growth.seq_id, []).append(node)
+        fronts = [(growth, chosen[growth.seq_id]) for growth in growths if growth.seq_id in chosen]
         parents = [(growth, node) for growth, nodes in fronts for node in nodes]
         before = [growth.feature_behind(growth.tree.nodes[node].parent) for growth, node in parents]
         pieces = [_guessing(growth, nodes) for growth, nodes in fronts]

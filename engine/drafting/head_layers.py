@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from engine.models.layers import Layers
 from engine.models.weights import take_layer
 from engine.weights.errors import CheckpointError
+from engine.weights.layout import Piece, Target
 from engine.weights.layout_folder import folder_names
 from engine.weights.layout_targets import Spelling, targets
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from cuda_kernels.ops import Operations
     from engine.drafting.checkpoint_parts import CheckpointParts
     from engine.models.config import TransformerConfig
-    from engine.weights.layout import Target
 
 _LATENT = ("self_attn.kv_a_proj_with_mqa.", "self_attn.kv_b_proj.", "self_attn.q_a_proj.")
 
@@ -26,10 +26,10 @@ _LATENT = ("self_attn.kv_a_proj_with_mqa.", "self_attn.kv_b_proj.", "self_attn.q
 def layer_targets(config: TransformerConfig, names: Collection[str], prefix: str) -> list[Target]:
     """`prefix`: what stands before the names of a layer's parts, with "{layer}" in it where there may be
     several."""
-    stored = {
+    spelt = {
         role: name.replace("layers.{layer}.", prefix) for role, name in folder_names(config, root="").items()
     }
-    found = targets(config, names, Spelling(stored=stored, modules={}))
+    found = targets(config, names, Spelling(stored=spelt, modules={}))
     return [target for target in found if target.name.startswith("layers.")]
 
 
@@ -56,18 +56,6 @@ def take_layers(config: TransformerConfig, weights: dict[str, torch.Tensor], ops
     return Layers(config, taken, ops, taken[0].qkv.device)
 
 
-def pass_share(layers: TransformerConfig, head_rows: int, target: TransformerConfig) -> float:
-    """Of the numbers that a pass of the target multiplies with a row, those that one of the head does."""
-    own = _products(layers) + head_rows * layers.hidden_size
-    return own / (_products(target) + target.vocab_size * target.hidden_size)
-
-
-def _products(config: TransformerConfig) -> int:
-    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    total = 0
-    for layer in config.layers:
-        wide = config.intermediate_size
-        if layer.experts and config.experts is not None:
-            wide = config.experts.per_token * config.experts.intermediate_size
-        total += config.hidden_size * (attention + 3 * wide)
-    return total
+def stored(role: str, name: str, *shape: int) -> Target:
+    """A tensor as it is stored."""
+    return Target(role, shape, (Piece(name, shape),))

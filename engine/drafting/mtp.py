@@ -16,8 +16,9 @@ import torch
 from engine.checkpoint import CheckpointKind
 from engine.drafting.checkpoint_parts import CheckpointParts
 from engine.drafting.draft_kv import DraftKV
+from engine.drafting.draft_model import pass_cost
 from engine.drafting.head_drafter import HeadDrafter
-from engine.drafting.head_layers import layer_targets, pass_share, refuse_others, take_layers
+from engine.drafting.head_layers import layer_targets, refuse_others, take_layers
 from engine.drafting.heads import FusingHead
 from engine.models.fields import Fields
 from engine.models.transformer import NORMED
@@ -108,7 +109,7 @@ def _load(folder: Path, around: Surroundings, free_bytes: int, *, own: bool = Fa
         out_norm=take_norm(weights, "out_norm", config),
     )
     kv = DraftKV.beside(around, config, free_bytes)
-    return HeadDrafter(head, kv, around, pass_share(config, target.vocab_size, target))
+    return HeadDrafter(head, kv, around, pass_cost(config, target))
 
 
 def _bytes(folder: Path, targets: list[Target], dtype: torch.dtype, free_bytes: int) -> int:

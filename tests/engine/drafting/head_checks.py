@@ -35,6 +35,7 @@ class Definition:
     tensors: Tensors
     config: dict[str, object]
     model: Transformer
+    window: int = 512
 
     def logits(self, seen: torch.Tensor, tokens: list[int], path: tuple[int, ...]) -> torch.Tensor:
         """What follows `path` behind the last of the tokens, which are behind the places that were seen
@@ -43,7 +44,7 @@ class Definition:
         features = eagle3_features(self.tensors, seen) if self.kind == "eagle3" else seen[:, 0]
         tokens = list(tokens)
         for token in (*path, None):
-            rows = causal(features, tokens)
+            rows = causal(features, tokens, self.window)
             if self.kind == "eagle3":
                 made, logits = eagle3(self.tensors, shared, rows, self.config)
             else:

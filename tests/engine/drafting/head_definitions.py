@@ -39,9 +39,10 @@ class Shared(NamedTuple):
     head: torch.Tensor
 
 
-def causal(features: torch.Tensor, tokens: list[int]) -> Rows:
+def causal(features: torch.Tensor, tokens: list[int], window: int = 512) -> Rows:
     count = len(tokens)
-    return Rows(features, torch.tensor(tokens), torch.arange(count), torch.ones(count, count).tril().bool())
+    sees = torch.ones(count, count).tril().triu(1 - window).bool()
+    return Rows(features, torch.tensor(tokens), torch.arange(count), sees)
 
 
 def eagle(tensors: Tensors, shared: Shared, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,6 +79,9 @@ def eagle3(
     embedded = rms(embedding[rows.tokens], tensors["midlayer.input_layernorm.weight"])
     residual = normed if config.get("norm_before_residual") else rows.features
     hidden = decoder(tensors, "midlayer.", residual, torch.cat((embedded, normed), -1), rows)
+    if "layers.1.input_layernorm.weight" in tensors:
+        read = rms(hidden, tensors["layers.1.input_layernorm.weight"])
+        hidden = decoder(tensors, "layers.1.", hidden, read, rows)
     out = rms(hidden, tensors["norm.weight"])
     logits = out @ tensors.get("lm_head.weight", shared.head).T
     if "d2t" in tensors:
@@ -174,6 +178,7 @@ def eagle_tensors(*, layers: int = 1, bias: bool = True, norms: bool = False, se
 
 def eagle3_tensors(
     *,
+    layers: int = 1,
     taps: int = 3,
     known: int = 0,
     embedding: bool = False,
@@ -195,6 +200,8 @@ def eagle3_tensors(
         found["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, tokens, True)
     if embedding:
         found["embed_tokens.weight"] = numbers(VOCAB, HIDDEN)
+    if layers == 2:
+        found |= numbers.layer("layers.1.") | {"layers.1.input_layernorm.weight": numbers.norm()}
     if norms == "one":
         found["input_norm.weight"] = numbers.norm(taps * HIDDEN)
     if norms == "each":

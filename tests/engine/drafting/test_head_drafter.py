@@ -81,7 +81,7 @@ def checked_core(kind, folder, **settings):
     def drafters(around):
         module = mtp if kind == "mtp" else eagle
         drafter = module.load(folder, config, around, FREE_BYTES)
-        drafter.pass_share = 0.02
+        drafter.cost = 0.02
         found.append(Checked(drafter, Definition(kind, tensors, config, around.model)))
         return {kind: found[0]}
 
@@ -223,7 +223,7 @@ def small(tmp_path):
     tensors, config = MADE["eagle3"]
     folder, config = written(tmp_path, tensors, **LLAMA | config)
     drafter = eagle.load(folder, config, around, FREE_BYTES)
-    drafter.pass_share = 0.0
+    drafter.cost = 0.0
     return drafter, Definition("eagle3", tensors, config, around.model)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from engine.checkpoint import CheckpointKind
 from engine.drafting import eagle, mtp
+from engine.drafting.eagle_config import read_taps
 from engine.weights.errors import CheckpointError
 from tests.engine.drafting.head_checks import FREE_BYTES, written
 from tests.engine.drafting.head_definitions import (
@@ -54,6 +55,10 @@ def complaint_of(load, *args):
         ({"eagle_config": {"use_last_layernorm": False}}, "eagle_config.use_last_layernorm = False"),
         ({"eagle_config": {"parallel_draft_step": 4}}, "eagle_config.parallel_draft_step = 4"),
         ({"eagle_config": [1]}, "eagle_config = [1]"),
+        (
+            {"hidden_size": 32, "target_hidden_size": 48, "eagle_config": {"use_aux_hidden_state": False}},
+            "a head of size 32 cannot read hidden states of size 48",
+        ),
         ({"norm_before_fc": True}, "tensor 'input_norm.weight' is missing"),
         ({"fc_norm": True}, "tensor 'fc_norm.0.weight' is missing"),
         ({"norm_output": "yes"}, "norm_output = 'yes'"),
@@ -103,6 +108,7 @@ def test_tensors_of_eagle3_that_do_not_fit(change, complaint, around, tmp_path):
         ({"layers.0.self_attn.k_proj.bias": None}, {}, "'layers.0.self_attn.k_proj.bias' is missing"),
         ({"layers.1.mlp.up_proj.weight": torch.zeros(1)}, {}, "'layers.1.mlp.up_proj.weight' has no place"),
         ({}, {"layernorms": True}, "layernorms = True"),
+        ({}, {"hidden_size": 32, "target_hidden_size": 48}, "a head of size 32 cannot read"),
         ({}, {"num_hidden_layers": 2}, "'layers.1."),
     ],
 )
@@ -144,7 +150,7 @@ def test_without_room_for_its_kv(around, tmp_path):
 )
 def test_which_hidden_states_are_meant(num_layers, ids, taps, tmp_path):
     """Of the same heads for GPT-OSS 120B, those of one project count inputs of layers, of another outputs."""
-    assert eagle.read_taps(tmp_path, ids, num_layers) == taps
+    assert read_taps(tmp_path, ids, num_layers) == taps
 
 
 # Multi-token prediction

@@ -41,13 +41,13 @@ def target_with(around, tmp_path, tensors):
 
 def loaded(folder, config, around):
     drafter = eagle.load(folder, config, around, FREE_BYTES)
-    drafter.pass_share = 0.0  # a tree is as deep as it may be
+    drafter.cost = 0.0  # a tree is as deep as it may be
     return drafter
 
 
-def assert_right(drafter, kind, tensors, config, around):
+def assert_right(drafter, kind, tensors, config, around, window=512):
     """Guesses for two sequences at once, one of which grew by accepted drafts."""
-    definition = Definition(kind, tensors, config, around.model)
+    definition = Definition(kind, tensors, config, around.model, window)
     first = sequence(TOKENS, 1, temperature=0.0)
     second = sequence(TOKENS[3:9], 2, temperature=0.0)
     show(drafter, around.model, first)
@@ -116,6 +116,15 @@ def test_eagle3_as_speculators_writes_it(around, tmp_path):
     assert_right(loaded(folder, config, around), "eagle3", made, config, around)
 
 
+def test_eagle3_of_two_layers_behind_windows(around, tmp_path):
+    made = eagle3_tensors(layers=2)
+    stored = {name.replace("midlayer.", "layers.0."): value for name, value in made.items()}
+    kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention"] * 2, "sliding_window": 5}
+    config = {"speculators_model_type": "eagle3", "norm_before_residual": False}
+    folder, config = written(tmp_path, stored, **config, **IDS, transformer_layer_config=LLAMA | kinds)
+    assert_right(loaded(folder, config, around), "eagle3", made, config, around, window=5)
+
+
 def test_embeddings_and_vocabulary_are_the_targets_where_there_are_no_others(around, tmp_path):
     made = eagle3_tensors(known=50)
     del made["lm_head.weight"]
@@ -166,7 +175,7 @@ def test_mtp(spell, around, tmp_path):
     made = mtp_tensors()
     target = target_with(around, tmp_path, spell(made, None))
     drafter = mtp.load_mtp(target, FREE_BYTES)
-    drafter.pass_share = 0.0
+    drafter.cost = 0.0
     assert_right(drafter, "mtp", made, {}, target)
 
 
@@ -175,5 +184,5 @@ def test_mtp_as_speculators_writes_it(around, tmp_path):
     stored = renamed(made, MIMO, *["mtp_layers.0."] * 2)
     folder, config = written(tmp_path, stored, speculators_model_type="mtp", transformer_layer_config=LLAMA)
     drafter = mtp.load(folder, config, around, FREE_BYTES)
-    drafter.pass_share = 0.0
+    drafter.cost = 0.0
     assert_right(drafter, "mtp", made, {}, around)
