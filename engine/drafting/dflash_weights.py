@@ -95,14 +95,19 @@ def read_weights(folder: Path, config: DFlashConfig, around: Surroundings) -> DF
         projection=loaded["fc"],
         context_norm=loaded["hidden_norm"],
         final_norm=loaded["final_norm"],
-        embedding=loaded.get("embedding", model.embedding),
-        head=loaded.get("head", model.head),
+        embedding=_once(loaded.get("embedding"), model.embedding),
+        head=_once(loaded.get("head"), model.head),
         token_map=token_map,
         convolutions=_convolutions(config, loaded),
         markov=_markov(config, loaded),
         confidence=Affine(loaded["confidence"], loaded["confidence_bias"]) if config.confidence else None,
         selector=_selector(config, loaded),
     )
+
+
+def _once(own: torch.Tensor | None, of_model: torch.Tensor) -> torch.Tensor:
+    """DSpark's are mostly copies of the model's, which are not kept twice."""
+    return of_model if own is None or torch.equal(own, of_model) else own
 
 
 def _shapes(config: DFlashConfig) -> dict[str, tuple[tuple[str, ...], Shape]]:

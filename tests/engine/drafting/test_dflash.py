@@ -312,6 +312,13 @@ def test_a_pickled_mask_is_never_opened(tmp_path, around):
         drafter_of(tmp_path, BASE, around)
 
 
+def test_copies_of_the_target_s_vocabularies_are_not_kept(tmp_path, around):
+    copies = {"embed_tokens.weight": around.model.embedding, "lm_head.weight": around.model.head}
+    drafter = drafter_of(tmp_path, DSPARK, around, tensors(DSPARK) | copies)
+    assert drafter.embedding is around.model.embedding
+    assert drafter.heads.weights.head is around.model.head
+
+
 def test_vocabularies_of_its_own_are_used(tmp_path, around, monkeypatch):
     generator = torch.Generator().manual_seed(5)
     found = tensors(DSPARK) | {
@@ -319,6 +326,7 @@ def test_vocabularies_of_its_own_are_used(tmp_path, around, monkeypatch):
         "lm_head.weight": torch.randn(VOCAB, HIDDEN, generator=generator),
     }
     drafter = drafter_of(tmp_path, DSPARK, around, found)
+    assert drafter.embedding is not around.model.embedding
     given = watched(monkeypatch)
     sequence = one_sequence([1, 2, 3], **GREEDY)
     features = features_of(drafter, 3)
