@@ -188,14 +188,9 @@ class DraftKV:
             return False
         held = self._held.get(seq_id)
         missing = -(-num_slots // self.page_size) - (len(held.blocks) if held is not None else 0)
-        others = [other for other in self._held if other not in users]
-        room = len(self._free) + sum(len(self._held[other].blocks) for other in others)
-        if missing > room or (held is None and len(self._held) - len(others) >= self.max_seqs):
+        is_short = missing > len(self._free) or (held is None and len(self._held) == self.max_seqs)
+        if is_short and not self._make_room(missing, held is None, users):
             return False
-        for other in others:
-            if missing <= len(self._free) and (held is not None or len(self._held) < self.max_seqs):
-                break
-            self.release(other)
         if held is None:
             held = self._held[seq_id] = _Held()
         self._held.move_to_end(seq_id)
@@ -203,6 +198,18 @@ class DraftKV:
         if fresh and self.storage.tainted:
             self.storage.clear(self._pages(fresh))
         held.blocks += fresh
+        return True
+
+    def _make_room(self, num_blocks: int, is_new: bool, users: set[int]) -> bool:
+        """So many free blocks, and a table for a new sequence, or nothing changes."""
+        others = [other for other in self._held if other not in users]
+        room = len(self._free) + sum(len(self._held[other].blocks) for other in others)
+        if num_blocks > room or (is_new and len(self._held) - len(others) >= self.max_seqs):
+            return False
+        for other in others:
+            if num_blocks <= len(self._free) and not (is_new and len(self._held) == self.max_seqs):
+                break
+            self.release(other)
         return True
 
     def _give_back(self, held: _Held, num_kept: int) -> None:
