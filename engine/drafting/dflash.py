@@ -77,7 +77,7 @@ class DFlash:
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
         found: dict[int, Guess] = {}
-        ready = []
+        ready: list[_Ready] = []
         for want, progress in self._catch_up(wants):
             if progress.num_waiting:
                 found[want.sequence.seq_id] = CATCHING_UP

@@ -9,7 +9,7 @@ import torch
 
 from engine.drafting.checkpoint_parts import CheckpointParts
 from engine.drafting.dflash_config import DFlashConfig, MarkovKind
-from engine.drafting.head_layers import layer_targets
+from engine.drafting.head_layers import layer_targets, refuse_others
 from engine.models.weights import LayerWeights, take_layer
 from engine.weights.errors import CheckpointError
 from engine.weights.safetensors import read_folder, read_integers
@@ -82,9 +82,11 @@ def read_weights(folder: Path, config: DFlashConfig, around: Surroundings) -> DF
     root = "model." if "model.fc.weight" in names else ""
     wanted = layer_targets(config.layers, names, f"{root}layers.{{layer}}.")
     for name, (spelt, shape) in _shapes(config).items():
-        stored = next((root + one for one in spelt if root + one in names), root + spelt[0])
+        known = (place + one for one in spelt for place in (root, ""))
+        stored = next((one for one in known if one in names), root + spelt[0])
         if stored in names or name not in _OPTIONAL:
             wanted.append(parts.whole(stored, shape, name))
+    refuse_others(parts, f"{root}layers.", wanted, ())
     loaded = parts.load(wanted, around.dtype, around.device)
     token_map = _token_map(folder, config, root, around.device)
     if token_map is not None and "head" not in loaded:

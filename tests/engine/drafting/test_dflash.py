@@ -306,6 +306,22 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path, around, base, config
     assert str(tmp_path) in str(refusal.value)
 
 
+def test_a_layer_with_more_than_is_known_is_refused(tmp_path, around):
+    found = tensors(BASE) | {"layers.1.self_attn.g_proj.weight": torch.ones(4, HIDDEN)}
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attn.g_proj.weight' has no place"):
+        drafter_of(tmp_path, BASE, around, found)
+
+
+def test_names_may_stand_behind_model(tmp_path, around):
+    found = {
+        name if name == "lm_head.weight" else f"model.{name}": value
+        for name, value in (tensors(DSPARK) | {"lm_head.weight": torch.ones(VOCAB, HIDDEN)}).items()
+    }
+    drafter = drafter_of(tmp_path, DSPARK, around, found)
+    assert torch.equal(drafter.heads.weights.head, torch.ones(VOCAB, HIDDEN))
+    assert torch.equal(drafter.layers.projection, tensors(DSPARK)["fc.weight"])
+
+
 def test_a_pickled_mask_is_never_opened(tmp_path, around):
     (tmp_path / "mask_embedding.pt").write_bytes(b"cos\nsystem\n")
     with pytest.raises(CheckpointError, match=r"mask_embedding.pt is pickled"):
