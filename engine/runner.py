@@ -154,6 +154,8 @@ class Runner:
         processor = self.processor_of(sequence)
         begin = 0 if piece.start < committed else 1
         places = tuple(Place(sequence, path, processor) for path in paths[begin:])
+        if piece.num_window and sequence.window.optional and sequence.request.lossy is None:
+            places = _where_drafts_stand(places, sequence.window)
         return _Work(piece, sequence, first, features, piece.num_logits - len(places), places)
 
     def _outcome(self, work: _Work, logits: torch.Tensor, drawn: Drawn, used: int) -> Outcome:
@@ -227,6 +229,14 @@ def _paths(window: Window) -> list[tuple[int, ...]]:
     for token, parent in zip(window.tokens, window.parents, strict=True):
         paths.append((*paths[parent + 1], token))
     return paths
+
+
+def _where_drafts_stand(places: tuple[Place, ...], window: Window) -> tuple[Place, ...]:
+    """Drafts stand if they are drawn: after those that are not no draw is needed, and the noise for one takes
+    as long as a row of a small model."""
+    root, *rest = places
+    behind = zip(rest, window.parents, strict=True)
+    return (root, *(place._replace(after=node - parent) for node, (place, parent) in enumerate(behind)))
 
 
 def _sampled_rows(work: _Work) -> range:

@@ -10,11 +10,16 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """One row to sample. `drafted` are window tokens that stand between the committed ones and here."""
+    """One row to sample. `drafted` are window tokens that stand between the committed ones and here.
+
+    `after`: how many rows before this one the row lies whose draw decides: if that is not the last of
+    `drafted`, nobody needs a draw here. 0: it is needed.
+    """
 
     sequence: Sequence
     drafted: tuple[int, ...] = ()
     processor: LogitsProcessor | None = None  # None: the logits are drawn from as they are
+    after: int = 0
 
     @property
     def params(self) -> SamplingParams:

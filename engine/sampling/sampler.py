@@ -36,16 +36,32 @@ class Drawn:
 
 
 def sample(logits: torch.Tensor, places: list[Place]) -> Drawn:
-    """logits float32 [R, V], left as they are."""
+    """logits float32 [R, V], left as they are. Rows that need no draw have their likeliest token."""
     values, _, tokens, errors = processed(logits, places)
     chosen: list[int] = tokens.tolist()
     random = [row for row, place in enumerate(places) if is_random(place) and row not in errors]
-    if random:
-        for group in contenders(values, random, places):
-            drawn = group.tokens(group.noisy(places).argmax(-1, keepdim=True)).view(-1).tolist()
-            for row, token in zip(group.rows, drawn, strict=True):
-                chosen[row] = token
+    following: dict[int, list[int]] = {}
+    for row in random:
+        if places[row].after:
+            following.setdefault(row - places[row].after, []).append(row)
+    needed = [row for row in random if not places[row].after]
+    while needed:
+        _draw(values, needed, places, chosen)
+        needed = [
+            row
+            for before in needed
+            for row in following.get(before, ())
+            if places[row].drafted[-1] == chosen[before]
+        ]
     return Drawn(chosen, errors)
+
+
+def _draw(values: torch.Tensor, rows: list[int], places: list[Place], chosen: list[int]) -> None:
+    """Puts the tokens of these rows into `chosen`."""
+    for group in contenders(values, rows, places):
+        drawn = group.tokens(group.noisy(places).argmax(-1, keepdim=True)).view(-1).tolist()
+        for row, token in zip(group.rows, drawn, strict=True):
+            chosen[row] = token
 
 
 def logprobs_of(logits: torch.Tensor, tokens: list[int], count: int) -> list[TokenLogprobs]:

@@ -111,6 +111,25 @@ def test_greedy_rows_and_random_rows_do_not_disturb_each_other():
     assert together[5] == int(logits[5].argmax())
 
 
+def test_no_draw_is_made_behind_a_draft_that_is_not_drawn():
+    """A tree of two paths, of which one is what is drawn; beside a greedy row and one that stands alone."""
+    logits, hot = random_logits(7), {"seed": 3, "temperature": 9.0}
+    [first] = sample(logits[:1], [place(**hot)]).tokens
+    [second] = sample(logits[2:3], [place(drafted=[first], **hot)]).tokens
+    paths = [(), (first + 1,), (first,), (first + 1, 4), (first, second)]
+    places = [place(drafted=path, **hot) for path in paths]
+    alone = [sample(logits[row : row + 1], [one]).tokens[0] for row, one in enumerate(places)]
+    likeliest = logits.argmax(-1).tolist()
+    assert all(drawn != most for drawn, most in zip(alone, likeliest, strict=False)), (
+        "a draw is another token"
+    )
+    tree = [one._replace(after=after) for one, after in zip(places, (0, 1, 2, 2, 2), strict=True)]
+    drawn = sample(logits, [*tree, place(temperature=0.0), place(seed=9)]).tokens
+    assert drawn[:5] == [alone[0], likeliest[1], alone[2], likeliest[3], alone[4]]
+    assert drawn[5] == likeliest[5]
+    assert drawn[6] == sample(logits[6:], [place(seed=9)]).tokens[0]
+
+
 def test_penalties_by_hand():
     logits = torch.tensor([[2.0, -2.0, 1.0, 1.5, 0.0]])
     seen = place(prompt=[0], output=[1, 2, 2], drafted=[3], temperature=0.0)
