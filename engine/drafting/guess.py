@@ -64,8 +64,9 @@ class Seen(NamedTuple):
     `tokens` fill its slots from `start` on: committed ones, then drafts, whoever guessed them, where draft k
     follows draft `parents[k]`. `drawn` is what the target says after the last committed token, then after
     each draft, if those before it were right (where they were not, it may be the likeliest token instead of
-    a draw); it is empty when the slice ends before the last committed token. `kept` are the drafts that stood, from the root on. `features` [tokens, hidden]: the target's
-    hidden states at each of the drafter's taps, in the model's dtype; they live as long as the step.
+    a draw); it is empty when the slice ends before the last committed token. `kept` are the drafts that
+    stood, from the root on. `features` [tokens, hidden]: the target's hidden states at each of the drafter's
+    taps, in the model's dtype; they live as long as the step.
     `logits` float32 [drawn, vocab] likewise.
     """
 

@@ -9,7 +9,7 @@ import torch
 
 from engine.drafting import LIGHT
 from engine.drafting.skipped_layers import SkippedLayers
-from scheduler.types import FinishReason
+from scheduler.types import FinishReason, LossyAcceptance
 from tests.engine.drafting import test_speculative_text
 from tests.engine.drafting.test_speculative_text import PROMPTS, Generous
 from tests.engine.tiny import TINY, request, run, tiny_core
@@ -141,6 +141,18 @@ def test_a_mask_goes_on_from_what_was_committed_after_an_accepted_run():
     assert core.scheduler._num_steps - steps < len(again.tokens) // 2, "runs were accepted"
     [mask] = masks.values()
     assert mask.read > mask.sequence.prompt_len + len(again.tokens) // 2
+
+
+def test_lossy_text_obeys_its_mask_too():
+    core = tiny_core()
+    masks = masked(core)
+    lax = LossyAcceptance(rule="threshold", threshold=1e-9)
+    for _ in range(2):
+        heard = run(core, *asked("speculative", SAMPLINGS["hot"], lossy=lax))
+        assert all(one.error is None for one in heard.values())
+    assert all(mask.read > mask.sequence.prompt_len for mask in masks.values()), (
+        "and looks at what was committed"
+    )
 
 
 @pytest.mark.parametrize("method", ["autoregressive", "speculative"])
