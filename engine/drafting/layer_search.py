@@ -4,7 +4,7 @@ A set of skipped layers is worth what drafting with it gains: of tokens that it 
 for a share `c` of a step, k drafts give (1 + a + .. + a^k) / (1 + k c) tokens for the time of one (Leviathan
 2023), with the best k. One set is the best so far; a proposal is tried beside it, on the same tokens, and
 takes its place if it is worth more. Proposals are small steps from the best (what helped before is likelier),
-sometimes a leap. No torch here.
+sometimes a leap; where nothing is right, half of the layers come back. No torch here.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class LayerSearch:
         self._random = random.Random(seed)
         self._effects = [0.0] * num_layers  # of computing the layer, on the rate of tokens got right
         self._num_tries = [0] * num_layers
+        self._is_lost = False  # the best set gets next to nothing right
         self._proposal: frozenset[int] | None = None
         self._tokens = self._right = self._right_of_proposal = 0
 
@@ -103,8 +104,9 @@ class LayerSearch:
             self._effects[layer] += (1 - _FORGETTING) * (effect - self._effects[layer])
             self._num_tries[layer] += 1
         # Where neither gets much right, the way out is to skip less.
-        lost = FAR_BEHIND * best <= tried < WORTHLESS and len(proposal) < len(self.skipped)
-        if tried > best * MARGIN or lost:
+        self._is_lost = max(best, tried) < WORTHLESS
+        fewer = self._is_lost and tried >= FAR_BEHIND * best and len(proposal) < len(self.skipped)
+        if tried > best * MARGIN or fewer:
             self.skipped = proposal
             self.num_rejected = 0
         else:
@@ -113,6 +115,8 @@ class LayerSearch:
 
     def _propose(self) -> frozenset[int]:
         """Another set than the best."""
+        if self._is_lost and self.skipped:
+            return frozenset(self._random.sample(sorted(self.skipped), len(self.skipped) // 2))
         if self._random.random() < LEAP_SHARE and len(self.skipped) not in (0, len(self.middle)):
             leap = frozenset(self._random.sample(self.middle, len(self.skipped)))
             if leap != self.skipped:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -165,12 +165,12 @@ class OtherVocabulary:
         """What was said as a line of the target's tokens: each stands if all that it takes of it does."""
         stretch = speech.stretch
         tree = GrowingTree(stretch.limit, self._mapped.standing, drawn=False)
-        parent, before, end = ROOT, 1.0, 0
-        for token, chance in self._line(speech):
+        parent, before = ROOT, 1.0
+        for number, (token, chance) in enumerate(islice(self._line(speech), stretch.limit)):
             tree.grow(parent, [token], [chance / before])
-            if len(tree.nodes) == end or end == stretch.limit:
+            if len(tree.nodes) == number:
                 break
-            parent, before, end = end, chance, end + 1
+            parent, before = number, chance
         self.following.plant(stretch, tree)
         return tree
 
@@ -181,7 +181,11 @@ class OtherVocabulary:
         ends = list(accumulate(map(len, parts)))
         alignment = self.following.alignments[speech.stretch.seq_id]
         at = 0
-        for token in alignment.spelled(speech.stretch.want.sequence.tokens, b"".join(parts)):
+        try:
+            spelled = alignment.spelled(speech.stretch.want.sequence.tokens, b"".join(parts))
+        except CheckpointError:  # of the tokeniser's library
+            return
+        for token in spelled:
             at += len(alignment.target.bytes_of(token))
             yield token, speech.chances[bisect_left(ends, at)]
         if len(words) < len(speech.tokens) and at == sum(map(len, parts)):

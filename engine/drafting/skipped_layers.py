@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from engine.drafting.surroundings import Surroundings
     from engine.models.transformer import Rows, Transformer
 
-TRIAL_ROWS = 32  # committed tokens that a set of layers is tried on at a time
-TRIAL_EVERY = 96  # tokens that are committed between two trials; twice as many ..
+TRIAL_ROWS = 16  # committed tokens that a set of layers is tried on at a time
+MAX_TRIALS = 4  # with one guess: whoever is asked rarely has some to catch up with
+TRIAL_EVERY = 192  # tokens that are committed between two trials; twice as many ..
 PATIENCE = 12  # .. each time that so many proposals in a row were no better, up to
 RAREST_TRIAL = 4096
 
@@ -77,12 +78,13 @@ class SkippedLayers:
         self.standing = Standing()
         self._trees: dict[int, tuple[int, GrowingTree]] = {}  # guessed behind so many tokens
         self._num_committed = 0  # since the last trial
+        self._num_trials = 0
 
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
         drafts = {want.sequence.seq_id: draft for want in wants if (draft := self._begun(want)) is not None}
-        if drafts and self._num_committed >= self._trial_every():
-            self._try(drafts)
+        if drafts:
+            self._search([draft.stretch.sequence for draft in drafts.values()])
         stretches = (draft.stretch for draft in drafts.values())
         for together in self._scratch.batches(stretches):
             self._scratch.lend(together)
@@ -137,22 +139,26 @@ class SkippedLayers:
     def _trial_every(self) -> int:
         return int(min(RAREST_TRIAL, TRIAL_EVERY << min(8, self.search.num_rejected // PATIENCE)))
 
-    def _try(self, drafts: dict[int, _Draft]) -> None:
-        """Have the proposal and the best set say committed tokens again, of the sequence with the most."""
-        proposal = self.search.proposal()
+    def _search(self, sequences: list[Sequence]) -> None:
+        due = min(MAX_TRIALS, self._num_committed // max(1, self._trial_every()))
+        if not due:
+            return
         self._num_committed = 0
-        sequence = max((draft.stretch.sequence for draft in drafts.values()), key=lambda one: one.num_output)
-        count = min(TRIAL_ROWS, sequence.num_output)
-        start = len(sequence.tokens) - 1 - count
-        if proposal is None or start < 0 or count > self._scratch.fits(start):
+        told = [one for one in sequences if one.num_output >= TRIAL_ROWS]
+        for _ in range(due if told else 0):
+            self._num_trials += 1
+            self._try(told[self._num_trials % len(told)])
+
+    def _try(self, sequence: Sequence) -> None:
+        """Have the best set and the proposal say some of the committed output again."""
+        proposal = self.search.proposal()
+        back = self._num_trials % (sequence.num_output // TRIAL_ROWS) * TRIAL_ROWS
+        stretch = Stretch(sequence, len(sequence.tokens) - 1 - TRIAL_ROWS - back, TRIAL_ROWS)
+        if proposal is None or self._scratch.fits(stretch.start) < TRIAL_ROWS:
             return
-        if not self._scratch.readable(sequence, start):
-            return
-        right = [
-            self._num_right(Stretch(sequence, start, count), skipped)
-            for skipped in (self.search.skipped, proposal)
-        ]
-        self.search.note(count, *right)
+        if self._scratch.readable(sequence, stretch.start):
+            right = (self._num_right(stretch, skipped) for skipped in (self.search.skipped, proposal))
+            self.search.note(TRIAL_ROWS, *right)
 
     def _num_right(self, stretch: Stretch, skipped: frozenset[int]) -> int:
         """How many of the tokens behind these slots they say as the target did. What the request asks of

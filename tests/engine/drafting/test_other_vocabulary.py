@@ -119,7 +119,7 @@ def test_the_same_model_behind_a_permuted_vocabulary_is_right(name):
     core.speculation.learn = noted
     fields = {"method": "speculative", "drafter": "model", "max_draft_tokens": 4}
     assert told(core, asked(target, SAMPLINGS[name], **fields)) == told(core, asked(target, SAMPLINGS[name]))
-    assert len(verified) > 8
+    assert len(verified) > 5
     drafts, accepted = map(sum, zip(*verified, strict=True))
     if name == "greedy":
         assert accepted == drafts, "it says what the target says, a token a draft"
