@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from engine.drafting.guess import Seen
 
-MAX_WAITING_BYTES = 256 << 20  # of all sequences; whoever has most of it starts anew when it is full
+MAX_WAITING_BYTES = 128 << 20  # of all sequences; whoever has most of it starts anew when it is full
 
 
 @dataclass(slots=True)
@@ -35,6 +35,11 @@ class Progress:
         self.waiting.append(rows)
         self.num_waiting += len(rows)
 
+    def gather(self) -> None:
+        """Into memory of its own."""
+        if self.waiting:
+            self.waiting = [torch.cat(self.waiting)]
+
     def take(self, count: int) -> torch.Tensor:
         """The first `count` that wait, which are read now."""
         rows = torch.cat(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
@@ -51,11 +56,16 @@ class Progress:
 
 
 class WaitingFeatures:
-    """A sequence begins with the first row that is seen of it: what was found in a cache was not computed."""
+    """A sequence begins with the first row that is seen of it: what was found in a cache was not computed.
+
+    Rows are copied once for all sequences of a step, so what is read of them keeps others in memory: they are
+    taken apart when there may be twice as many as wait.
+    """
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows
         self._progress: dict[int, Progress] = {}
+        self._num_copied = 0  # rows, since they were taken apart last
 
     def of(self, seq_id: int) -> Progress | None:
         return self._progress.get(seq_id)
@@ -65,23 +75,43 @@ class WaitingFeatures:
 
     def observe(self, seen: SequenceOf[Seen]) -> None:
         """Keep the rows that are new: those of committed tokens, and of the drafts that stand."""
-        for one in seen:
-            self._observe(one)
-        while sum(progress.num_waiting for progress in self._progress.values()) > self.max_rows:
-            seq_id, most = max(self._progress.items(), key=lambda entry: entry[1].num_waiting)
-            self._progress[seq_id] = Progress(most.end)
+        found = [(self._begun(one), one) for one in seen]
+        pieces = [(progress, one, rows) for progress, one in found for rows in _new_rows(progress, one)]
+        if not pieces:
+            return
+        taps = range(len(seen[0].features))
+        copied = torch.cat(
+            [torch.cat([one.features[tap][rows] for _, one, rows in pieces]) for tap in taps], dim=-1
+        )
+        counts = [rows.stop - rows.start for _, _, rows in pieces]
+        for (progress, _, _), part in zip(pieces, torch.split(copied, counts), strict=True):
+            progress.add(part)
+        self._num_copied += len(copied)
+        self._bound()
 
-    def _observe(self, one: Seen) -> None:
+    def _begun(self, one: Seen) -> Progress:
         seq_id = one.sequence.seq_id
         progress = self._progress.get(seq_id)
         if progress is None or progress.end < one.start:
             progress = self._progress[seq_id] = Progress(one.start)
-        num_committed = min(len(one.tokens), len(one.sequence.tokens) - one.start)
-        known = progress.end - one.start
-        if not one.kept:
-            if known < num_committed:
-                progress.add(torch.cat([tap[known:num_committed] for tap in one.features], dim=-1))
-        else:
-            rows = [*range(num_committed), *(num_committed + draft for draft in one.kept)][known:]
-            if rows:
-                progress.add(torch.cat([tap[rows] for tap in one.features], dim=-1))
+        return progress
+
+    def _bound(self) -> None:
+        num_waiting = sum(progress.num_waiting for progress in self._progress.values())
+        while num_waiting > self.max_rows:
+            seq_id, most = max(self._progress.items(), key=lambda entry: entry[1].num_waiting)
+            self._progress[seq_id] = Progress(most.end)
+            num_waiting -= most.num_waiting
+        if self._num_copied > 2 * self.max_rows:
+            for progress in self._progress.values():
+                progress.gather()
+            self._num_copied = num_waiting
+
+
+def _new_rows(progress: Progress, one: Seen) -> list[slice]:
+    """Rows of the step, in the order of their tokens."""
+    num_committed = min(len(one.tokens), len(one.sequence.tokens) - one.start)
+    known = progress.end - one.start
+    found = [slice(known, num_committed)] if known < num_committed else []
+    standing = [num_committed + draft for draft in one.kept[max(0, known - num_committed) :]]
+    return [*found, *(slice(row, row + 1) for row in standing)]

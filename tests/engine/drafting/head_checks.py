@@ -70,12 +70,16 @@ def true_features(model: Transformer, tokens: list[int], taps: tuple[int, ...]) 
     return tuple(tap[: len(tokens)] for tap in found)
 
 
-def show(drafter: HeadDrafter, model: Transformer, sequence: Sequence, start: int = 0, end: int = 0) -> None:
+def seen(drafter: HeadDrafter, model: Transformer, sequence: Sequence, start: int = 0, end: int = 0) -> Seen:
     """What a step says that computes tokens start .. end of a sequence; `end` 0: all but the last."""
     end = end or len(sequence.tokens) - 1
     features = true_features(model, sequence.tokens[:end], drafter.taps)
     part = tuple(tap[start:] for tap in features)
-    drafter.observe([Seen(sequence, start, tuple(sequence.tokens[start:end]), (), (), (), part, None)])
+    return Seen(sequence, start, tuple(sequence.tokens[start:end]), (), (), (), part, None)
+
+
+def show(drafter: HeadDrafter, model: Transformer, sequence: Sequence, start: int = 0, end: int = 0) -> None:
+    drafter.observe([seen(drafter, model, sequence, start, end)])
 
 
 def guess(drafter: HeadDrafter, *sequences: Sequence, limit: int = 16):

@@ -15,6 +15,7 @@ from engine.drafting.head_drafter import HeadDrafter
 from engine.drafting.head_layers import take_layers
 from engine.drafting.heads import FusingHead
 from engine.drafting.kinds import NUM_CHANCES, NUM_KINDS
+from engine.drafting.waiting_features import WaitingFeatures
 from engine.messages import Submit
 from engine.models.transformer import NORMED
 from tests.engine.drafting.head_checks import (
@@ -254,6 +255,24 @@ def test_who_makes_too_much_wait_starts_anew(small):
     assert guess(drafter, one)[0].tokens
     assert drafter.waiting.of(1).first == 20
     assert assert_defined(drafter, definition, one) > 8
+
+
+def test_what_others_read_of_a_step_does_not_stay_in_memory():
+    """Rows of many sequences are copied together; who is never asked for keeps little more than its own."""
+    waiting = WaitingFeatures(max_rows=50)
+    everyone = [words(2, seq_id) for seq_id in range(10)]
+    rows = [torch.full((1, 4), float(place)) for place in range(40)]
+    most = 0
+    for place in range(40):
+        waiting.observe([Seen(one, place, (0,), (), (), (), (rows[place],), None) for one in everyone])
+        for one in everyone:
+            one.tokens.append(place)
+        for one in everyone[1:]:
+            assert waiting.of(one.seq_id).take(1).tolist() == rows[place].tolist()
+        memory = [rows.untyped_storage() for rows in waiting.of(0).waiting]
+        most = max(most, sum({one.data_ptr(): one.nbytes() for one in memory}.values()) // rows[0].nbytes)
+    assert 40 < most <= 150
+    assert waiting.of(0).take(40).tolist() == torch.cat(rows).tolist()
 
 
 def test_who_lost_pages_goes_on_with_what_waits(small):
