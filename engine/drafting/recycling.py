@@ -5,8 +5,9 @@ was rejected. A table keeps the latest few candidates after each token, one tabl
 the last committed token on a guess follows them as a tree, the likeliest first.
 
 Where draws are random, candidates could be ranked with the noise of their places, as the target ranks its
-own. Measured on the default model that gave 1 % more tokens in a step at temperatures 0.7 and 1.0, as the
-candidates are those of another context; and finding the noise takes longer than all the rest of a guess.
+own. On the default model, at temperatures 0.7 and 1.0, that gave 1.5 % more tokens in a step with 8 drafts
+and none more with 16: the candidates are those of another context. Finding the noise takes longer than all
+the rest of a guess, so they are taken as they are.
 """
 
 from __future__ import annotations
