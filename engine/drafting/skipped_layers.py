@@ -85,6 +85,8 @@ class SkippedLayers:
         drafts = {want.sequence.seq_id: draft for want in wants if (draft := self._begun(want)) is not None}
         if drafts:
             self._search([draft.stretch.sequence for draft in drafts.values()])
+        if self.search.share(self.search.skipped) >= 1.0:
+            return [NO_GUESS] * len(wants)  # nothing that may be skipped is worth it: drafts would cost steps
         stretches = (draft.stretch for draft in drafts.values())
         for together in self._scratch.batches(stretches):
             self._scratch.lend(together)

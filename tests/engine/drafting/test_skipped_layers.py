@@ -200,6 +200,18 @@ def test_layers_that_do_nothing_are_found_while_serving():
     assert drafter.search.skipped == idle
 
 
+def test_where_no_layer_can_be_skipped_nothing_is_guessed_and_the_search_goes_on():
+    core = core_of()
+    drafter = drafter_of(core, (), LayerSearch)
+
+    def hear(number):
+        drafter._num_committed = 10**6  # of others
+
+    told = drafted(core, drafter, [request("a", [1, 2, 3], max_tokens=40)], 4, hear)
+    assert not any(guess.tokens for guess, _ in told)
+    assert drafter.search.num_rejected
+
+
 def test_trials_grow_rare_where_nothing_better_is_found():
     core = core_of()
     drafter = drafter_of(core)
