@@ -12,6 +12,7 @@ import torch
 
 from engine.noise import NoiseKeys
 from engine.sampling.largest import largest
+from engine.sampling.log_totals import log_totals
 from engine.sampling.processors import BANNED
 from engine.sampling.truncation import CANDIDATES, threshold, truncates, typical_mask
 
@@ -131,7 +132,7 @@ def _groups(scaled: torch.Tensor, places: list[Place]) -> Iterator[Contenders]:
             yield found
         for row in unfinished:
             ordered = scaled[row].sort(descending=True).values
-            lowest = threshold(ordered, float(scaled[row].logsumexp(-1)), places[row].params)
+            lowest = threshold(ordered, float(log_totals(scaled[row : row + 1])), places[row].params)
             kept = torch.nonzero(scaled[row] >= lowest).view(1, -1)
             yield Contenders([row], scaled[row][kept], kept)
     if whole:
@@ -144,7 +145,7 @@ def _among_largest(
     """Those whose largest values hold everything kept, and the rows that need all of theirs."""
     part = scaled[rows]
     best, ids = part.topk(min(CANDIDATES, part.shape[1]), -1)
-    totals = part.logsumexp(-1).tolist()
+    totals = log_totals(part).tolist()
     complete: list[int] = []
     unfinished: list[int] = []
     for index, row in enumerate(rows):

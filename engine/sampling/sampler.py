@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.messages import TokenLogprobs
+from engine.sampling.log_totals import log_totals
 from engine.sampling.ranking import NOT_FINITE, RowError, contenders, is_random, processed
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def logprobs_of(logits: torch.Tensor, tokens: list[int], count: int) -> list[Tok
 
 
 def _logprobs_of_rows(logits: torch.Tensor, tokens: list[int], count: int) -> list[TokenLogprobs]:
-    totals = logits.logsumexp(-1, keepdim=True)
+    totals = log_totals(logits)[:, None]
     index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)[:, None]
     picked = logits.gather(-1, index)
     ranks = ((logits > picked).sum(-1) + 1).tolist()

@@ -1,0 +1,11 @@
+"""The logarithm of a row's sum of exponentials, with the same bits whatever other rows there are."""
+
+from __future__ import annotations
+
+import torch
+
+
+def log_totals(values: torch.Tensor) -> torch.Tensor:
+    """values float32 [R, V] -> [R]. `torch.logsumexp` shares a row out among threads where rows are few, and
+    adds in another order then; log_softmax leaves each row to one. At the peak it is minus the sum beyond it."""
+    return values.amax(-1) - torch.log_softmax(values, -1).amax(-1)
