@@ -64,7 +64,7 @@ def written(folder: Path, tensors: Tensors, **config: object) -> tuple[Path, dic
 @torch.inference_mode()
 def true_features(model: Transformer, tokens: list[int], taps: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """[tokens, hidden] of each tap, of all tokens at once."""
-    kv = DraftKV(model.config, model.ops, 64, 16, 512, 1, torch.float32, CPU)
+    kv = DraftKV(model.config, model.ops, 64, 16, 512, 1, model.embedding.dtype, CPU)
     rows = kv.rows([DraftPiece(1, tuple(tokens), range(len(tokens)), 0, 1)])
     _, found = model.compute(rows, kv.storage, taps)
     return tuple(tap[: len(tokens)] for tap in found)

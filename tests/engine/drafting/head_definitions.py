@@ -114,8 +114,24 @@ def decoder(tensors: Tensors, at: str, hidden: torch.Tensor, read: torch.Tensor,
     attended = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
     hidden = hidden + linear(tensors, f"{at}self_attn.o_proj", attended)
     normed = rms(hidden, tensors[f"{at}post_attention_layernorm.weight"])
-    gate, up = (linear(tensors, f"{at}mlp.{name}_proj", normed) for name in ("gate", "up"))
-    return hidden + linear(tensors, f"{at}mlp.down_proj", torch.nn.functional.silu(gate) * up)
+    if f"{at}mlp.gate.weight" in tensors:
+        return hidden + experts(tensors, f"{at}mlp.", normed)
+    return hidden + gated(tensors, f"{at}mlp.", normed)
+
+
+def gated(tensors: Tensors, at: str, x: torch.Tensor) -> torch.Tensor:
+    gate, up = (linear(tensors, f"{at}{name}_proj", x) for name in ("gate", "up"))
+    return linear(tensors, f"{at}down_proj", torch.nn.functional.silu(gate) * up)
+
+
+def experts(tensors: Tensors, at: str, x: torch.Tensor) -> torch.Tensor:
+    """Of each row its two best, by the softmax of their scores."""
+    scores, chosen = linear(tensors, f"{at}gate", x).topk(2)
+    rows = []
+    for row, shares, members in zip(x, scores.softmax(-1), chosen, strict=True):
+        parts = [gated(tensors, f"{at}experts.{member}.", row[None])[0] for member in members]
+        rows.append(sum(share * part for share, part in zip(shares, parts, strict=True)))
+    return torch.stack(rows)
 
 
 def linear(tensors: Tensors, name: str, x: torch.Tensor) -> torch.Tensor:

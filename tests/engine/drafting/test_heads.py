@@ -13,6 +13,7 @@ from engine.checkpoint import CheckpointKind
 from engine.drafting import eagle, mtp
 from engine.drafting.heads import Eagle3Head
 from engine.drafting.standing import Standing
+from engine.models.config import Experts
 from tests.engine.drafting.head_checks import (
     FREE_BYTES,
     Definition,
@@ -21,8 +22,16 @@ from tests.engine.drafting.head_checks import (
     show,
     written,
 )
-from tests.engine.drafting.head_definitions import LLAMA, eagle3_tensors, eagle_tensors, mtp_tensors
+from tests.engine.drafting.head_definitions import (
+    HIDDEN,
+    LLAMA,
+    Numbers,
+    eagle3_tensors,
+    eagle_tensors,
+    mtp_tensors,
+)
 from tests.engine.drafting.targets import sequence, surroundings
+from tests.engine.tiny import TINY, random_weights
 
 TOKENS = [5, 77, 31, 200, 13, 8, 299, 41, 5, 77, 120, 64]
 IDS = {"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}
@@ -186,3 +195,51 @@ def test_mtp_as_speculators_writes_it(around, tmp_path):
     drafter = mtp.load(folder, config, around, FREE_BYTES)
     drafter.cost = 0.0
     assert_right(drafter, "mtp", made, {}, around)
+
+
+def expert_target():
+    """A target whose layers have four experts."""
+    config = replace(
+        TINY,
+        architecture="qwen3_moe",
+        experts=Experts(count=4, per_token=2, intermediate_size=24),
+        layers=tuple(replace(layer, experts=True) for layer in TINY.layers),
+    )
+    numbers, weights = Numbers(7), random_weights(TINY)
+    for index in range(config.num_layers):
+        at = f"layers.{index}."
+        del weights[f"{at}gate_up.weight"], weights[f"{at}down.weight"]
+        weights[f"{at}router.weight"] = numbers(4, HIDDEN)
+        weights[f"{at}experts.gate_up.weight"] = numbers(4, 48, HIDDEN)
+        weights[f"{at}experts.down.weight"] = numbers(4, HIDDEN, 24)
+    return surroundings(config, weights)
+
+
+def test_mtp_with_experts(tmp_path):
+    numbers = Numbers(8)
+    made = {name: value for name, value in mtp_tensors().items() if not name.startswith("mlp.")}
+    made["mlp.gate.weight"] = numbers(4, HIDDEN)
+    for expert in range(4):
+        at = f"mlp.experts.{expert}."
+        made |= {f"{at}{name}_proj.weight": numbers(24, HIDDEN) for name in ("gate", "up")}
+        made[f"{at}down_proj.weight"] = numbers(HIDDEN, 24)
+    target = target_with(expert_target(), tmp_path, deepseek(made, None))
+    drafter = mtp.load_mtp(target, FREE_BYTES)
+    drafter.cost = 0.0
+    assert_right(drafter, "mtp", made, {}, target)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3", "mtp"])
+def test_in_halves(kind, tmp_path):
+    """In the dtype of a target that is served in bfloat16."""
+    around = surroundings(dtype=torch.bfloat16)
+    if kind == "mtp":
+        around = target_with(around, tmp_path, qwen(mtp_tensors(), None))
+        drafter = mtp.load_mtp(around, FREE_BYTES)
+    else:
+        made = eagle_tensors() if kind == "eagle" else eagle3_tensors(known=80, norms="each")
+        drafter = loaded(*written(tmp_path, made, **LLAMA | IDS), around)
+    one = sequence(TOKENS, 1, temperature=0.0)
+    show(drafter, around.model, one)
+    assert guess(drafter, one)[0].tokens
+    assert drafter.kv.storage.pages.dtype is torch.bfloat16
