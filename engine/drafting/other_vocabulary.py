@@ -101,7 +101,6 @@ class OtherVocabulary:
         self.shared = shared
         self.cost = cost
         self.draft = MappedModel(draft, shared)
-        self.num_target = draft.vocab_size
         self.following = FollowingText(draft.kv, max_len, num_known, spellers, shared)
         self._mapped = SmallModel(self.draft, self.following, cost)
 

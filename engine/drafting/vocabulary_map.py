@@ -56,4 +56,4 @@ class VocabularyMap:
         shared = logits.index_select(1, self._draft_ids)
         mapped = torch.full((logits.shape[0], self._num_target), float("-inf"), device=logits.device)
         mapped.index_copy_(1, self._target_ids, shared)
-        return mapped, (shared.logsumexp(-1) - logits.logsumexp(-1)).exp()
+        return mapped, (shared.logsumexp(-1) - logits.logsumexp(-1)).exp_().nan_to_num_(0.0)
