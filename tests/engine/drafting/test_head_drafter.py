@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.checkpoint import locate
 from engine.drafting import eagle, head_drafter, mtp
 from engine.drafting.draft_kv import TREE_SLOTS, DraftKV
 from engine.drafting.guess import NO_GUESS, Seen, Want
@@ -18,6 +19,7 @@ from engine.drafting.kinds import NUM_CHANCES, NUM_KINDS
 from engine.drafting.waiting_features import WaitingFeatures
 from engine.messages import Submit
 from engine.models.transformer import NORMED
+from engine.weights.loader import load_weights
 from tests.engine.drafting.head_checks import (
     FREE_BYTES,
     Definition,
@@ -27,11 +29,28 @@ from tests.engine.drafting.head_checks import (
     true_features,
     written,
 )
-from tests.engine.drafting.head_definitions import LLAMA, eagle3_tensors, eagle_tensors, mtp_tensors
+from tests.engine.drafting.head_definitions import (
+    LLAMA,
+    Numbers,
+    eagle3_tensors,
+    eagle_tensors,
+    mtp_tensors,
+)
 from tests.engine.drafting.small import paths
 from tests.engine.drafting.targets import CHAIN, NUM_WORDS, chain_weights, following, sequence, surroundings
 from tests.engine.drafting.test_speculative_text import PROMPTS, SAMPLINGS, Generous
-from tests.engine.tiny import CPU, SETTINGS, abort, core_around, random_weights, request, run, tiny_core
+from tests.engine.tiny import (
+    CPU,
+    SETTINGS,
+    TINY,
+    abort,
+    core_around,
+    random_weights,
+    request,
+    run,
+    tiny_core,
+)
+from tests.engine.weights.folder import config_json, folder_tensors
 
 MADE = {
     "eagle": (eagle_tensors(), {}),
@@ -164,6 +183,35 @@ def test_an_aborted_request_leaves_nothing_behind(tmp_path):
     abort(core, "a")
     core.step()
     assert_empty(checked)
+
+
+def test_a_target_that_brings_its_head_along(tmp_path):
+    """MiMo's checkpoint: a Qwen2 whose queries, keys and values have biases, and beside it one head."""
+    config = replace(TINY, architecture="qwen2", qkv_bias=True)
+    numbers, weights = Numbers(5), random_weights(TINY)
+    weights |= {f"layers.{index}.qkv.bias": numbers(128) for index in range(config.num_layers)}
+    biases = {name: value for name, value in numbers.layer("", biases=True).items() if name.endswith("bias")}
+    made = mtp_tensors() | biases
+    own = {name.removesuffix(".weight"): name for name in made if name.endswith(".weight")}
+    stored = {f"model.mtp_layers.0.{MIMO.get(role, role)}.weight": made[name] for role, name in own.items()}
+    stored |= {f"model.mtp_layers.0.{name}": value for name, value in biases.items()}
+    fuse = "model.mtp_layers.0.input_proj.weight"
+    stored[fuse] = torch.cat(stored[fuse].chunk(2, 1)[::-1], 1)  # features come first there
+    mimo = config_json(config) | {"architectures": ["MiMoForCausalLM"], "model_type": "mimo"}
+    written(tmp_path, folder_tensors(config, weights) | stored, **mimo, num_nextn_predict_layers=1)
+    checkpoint = locate(str(tmp_path))
+    assert checkpoint.transformer.qkv_bias
+    loaded = load_weights(checkpoint, torch.float32, CPU)
+
+    def drafters(around):
+        drafter = mtp.load_mtp(replace(around, checkpoint=checkpoint), FREE_BYTES)
+        return {"mtp": Checked(drafter, Definition("mtp", made, {}, around.model))}
+
+    core = core_around(checkpoint.transformer, loaded, SETTINGS, drafters=drafters)
+    expected = told(core, asked(SAMPLINGS["warm"]))
+    eager(core)
+    assert told(core, drafted("mtp", "warm")) == expected
+    assert core.speculation.drafters["mtp"].num_checked > 2
 
 
 # A chain's target knows the next word by the last one alone, and its hidden states are those words.
