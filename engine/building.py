@@ -17,8 +17,9 @@ from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
 from engine.drafting import AUTO
-from engine.drafting.scratch_pages import num_scratch_pages
-from engine.drafting.skipped_layers import SkippedLayers
+from engine.drafting.loading import load_drafters
+from engine.drafting.skips.scratch_pages import num_scratch_pages
+from engine.drafting.skips.skipped_layers import SkippedLayers
 from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
 from engine.measured_costs import MEASURE, measured_costs
@@ -41,6 +42,7 @@ from scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.drafting.guess import Drafter
     from engine.tiers.disk import DiskFile
     from scheduler.config import SchedulerConfig
     from scheduler.costs import CostModel
@@ -113,7 +115,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         max_num_seqs=settings.max_num_seqs,
         processor_of=runner.processor_of,
     )
-    drafters = {"skipped_layers": SkippedLayers(around)}
+    drafters = _drafters(config, settings, around)
     watch.lap("load drafters")
     core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters)
     names = tuple(core.speculation.drafters)
@@ -136,6 +138,17 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         drafters=names,
     )
     return BuiltEngine(core, ready, lengths)
+
+
+def _drafters(config: EngineConfig, settings: SchedulerConfig, around: Surroundings) -> dict[str, Drafter]:
+    """Those beside the light ones, by name."""
+    drafters: dict[str, Drafter] = {"skipped_layers": SkippedLayers(around)}
+    if config.draft_model:
+        free = sizing.free_bytes(around.device)
+        if around.device.type == "cpu":  # promised, though not touched yet
+            free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
+        drafters |= load_drafters(config.draft_model, around, free)
+    return drafters
 
 
 def _check_drafter(config: EngineConfig, names: tuple[str, ...]) -> None:

@@ -12,8 +12,11 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.checkpoint import locate
-from engine.drafting import dflash, eagle, medusa, mtp, other_vocabulary, pard, small_model
-from engine.drafting.same_vocabulary import same_vocabulary
+from engine.drafting.dflash import drafter as dflash
+from engine.drafting.heads import eagle, medusa, mtp
+from engine.drafting.models import pard, small_model
+from engine.drafting.models.same_vocabulary import same_vocabulary
+from engine.drafting.vocabularies import other_vocabulary
 from engine.weights import embedded, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.json_files import read_json_object

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from engine.drafting import AUTO, LIGHT
 from engine.drafting.acceptance import Acceptance
 from engine.drafting.draft_tree import DraftTree, Proposal
-from engine.drafting.guess import Seen, Want
+from engine.drafting.guess import CATCHING_UP, Seen, Want
 from engine.drafting.yields import Yields
 from scheduler.speculation import Candidate, grant, may_pay
 
@@ -91,11 +91,14 @@ class Speculation:
             if not asked:
                 continue
             begun_s = time.perf_counter()
+            behind: set[int] = set()
             for name in names:
-                self._ask(name, [ready[seq_id] for seq_id in asked], proposals)
-            self.yields.took(source, len(asked), time.perf_counter() - begun_s)
+                behind |= self._ask(name, [ready[seq_id] for seq_id in asked], proposals)
+            seconds = time.perf_counter() - begun_s
+            self.yields.took(source, len(asked), seconds, caught_up=not behind)
             for seq_id in asked:
-                sources[seq_id].append(source)
+                if seq_id not in behind:
+                    sources[seq_id].append(source)
         self._met.update(ready)
         for seq_id, names in sources.items():
             if names:
@@ -117,15 +120,20 @@ class Speculation:
         light = [name for name in self.drafters if name in LIGHT]
         return {TOGETHER: light} | {name: [name] for name in self.drafters if name not in LIGHT}
 
-    def _ask(self, name: str, sequences: list[Sequence], proposals: dict[int, list[Proposal]]) -> None:
+    def _ask(self, name: str, sequences: list[Sequence], proposals: dict[int, list[Proposal]]) -> set[int]:
+        """-> those whose text the drafter is still reading"""
         wants = [Want(one, self._limit(one)) for one in sequences if _allows(one, name)]
+        behind: set[int] = set()
         if not wants:
-            return
+            return behind
         for want, guess in zip(wants, self.drafters[name].guess(wants), strict=True):
+            seq_id = want.sequence.seq_id
+            if guess is CATCHING_UP:
+                behind.add(seq_id)
             if guess.tokens:
-                seq_id = want.sequence.seq_id
                 chances = self.acceptance.chances(seq_id, name, guess)
                 proposals[seq_id].append(Proposal(name, guess, chances))
+        return behind
 
     def _limit(self, sequence: Sequence) -> int:
         asked = sequence.request.max_draft_tokens or MAX_DRAFTS

@@ -23,6 +23,7 @@ FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known
 RELAXING = 0.002  # of a sequence that gained less than others, back to what they gain, with each step
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
 SHORTEST_PAUSE, LONGEST_PAUSE = 50.0, 3200.0  # until the next trial, in times of what the last one took
+BORNE_BY = 32  # calls that bear the time of reading a prompt, the first ones most
 PROBED = 4  # sequences of a trial
 
 
@@ -68,6 +69,7 @@ class _Source:
     pause: float = SHORTEST_PAUSE
     next_trial_s: float = 0.0
     is_paying: bool = True
+    debt_s: float = 0.0  # of reading prompts, not yet counted as time of guesses
 
     def rest(self, now_s: float, trial_s: float) -> None:
         self.next_trial_s = now_s + self.pause * trial_s
@@ -110,9 +112,16 @@ class Yields:
             return []
         return sorted(surplus, key=surplus.__getitem__)[-PROBED:]
 
-    def took(self, name: str, num_asked: int, seconds: float) -> None:
+    def took(self, name: str, num_asked: int, seconds: float, *, caught_up: bool = True) -> None:
+        """What asking for so many took. A source that reads a prompt before it can guess (not `caught_up`)
+        does so for all guesses that follow: they bear that time, each a part."""
         source = self._sources[name]
-        source.time.note(num_asked, seconds)
+        if caught_up:
+            share_s = source.debt_s / BORNE_BY
+            source.debt_s -= share_s
+            source.time.note(num_asked, seconds + share_s)
+        else:
+            source.debt_s += seconds
         if not source.is_paying:
             source.rest(self._clock(), seconds)
 

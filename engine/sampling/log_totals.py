@@ -6,6 +6,9 @@ import torch
 
 
 def log_totals(values: torch.Tensor) -> torch.Tensor:
-    """values float32 [R, V] -> [R]. `torch.logsumexp` shares a row out among threads where rows are few, and
-    adds in another order then; log_softmax leaves each row to one. At the peak it is minus the sum beyond it."""
+    """values float32 [R, V] -> [R].
+
+    Where rows are few `torch.logsumexp` shares one out among threads, and adds in another order; log_softmax
+    leaves each row to one. At the peak it is minus what the sum adds to it.
+    """
     return values.amax(-1) - torch.log_softmax(values, -1).amax(-1)

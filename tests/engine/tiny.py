@@ -11,7 +11,7 @@ import torch
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.core import EngineCore
-from engine.drafting.scratch_pages import num_scratch_pages
+from engine.drafting.skips.scratch_pages import num_scratch_pages
 from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
 from engine.messages import Abort, SequenceOutput, Submit, TokenLogprobs

@@ -21,7 +21,8 @@ from scheduler.types import (
     Visibility,
     Window,
 )
-from tests.engine.drafting.test_speculative_text import PROMPTS, Generous
+from tests.engine.drafting.eager import eager
+from tests.engine.drafting.test_speculative_text import PROMPTS
 from tests.engine.tiny import request, run, tiny_core
 
 VOCABULARY = 8
@@ -169,7 +170,7 @@ def test_lossy_requests_run_beside_others_and_harm_none(rule):
         for number, prompt in enumerate(PROMPTS)
     }
     core = tiny_core()
-    core.speculation.costs = Generous()
+    eager(core)
     spoken = {"method": "speculative", **fields}
     for _ in range(2):
         requests = [
@@ -190,7 +191,7 @@ def test_lossy_requests_run_beside_others_and_harm_none(rule):
 
 def test_log_probabilities_are_the_models_of_what_was_said():
     core = tiny_core()
-    core.speculation.costs = Generous()
+    eager(core)
     lax = LossyAcceptance(rule="threshold", threshold=1e-6)
     fields = {"temperature": 1.5, "max_tokens": 40, "method": "speculative", "lossy": lax, "logprobs": 1}
     said = [run(core, request("l", PROMPTS[0], seed=seed, **fields))["l", 0] for seed in range(3)][-1]
@@ -202,7 +203,7 @@ def test_log_probabilities_are_the_models_of_what_was_said():
 def test_a_lax_rule_accepts_what_a_strict_one_does_not():
     def num_steps(lossy):
         core = tiny_core()
-        core.speculation.costs = Generous()
+        eager(core)
         fields = {"temperature": 1.5, "max_tokens": 40, "method": "speculative", "lossy": lossy}
         for seed in range(3):
             run(core, request("a", PROMPTS[0], seed=seed, **fields))

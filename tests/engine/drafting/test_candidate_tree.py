@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.drafting.candidate_tree import LEAST_CHANCE, CandidateTrees, Level, best_first
 from engine.drafting.guess import ROOT
 from engine.drafting.kinds import belief_of
-from tests.engine.drafting.targets import sequence
+from tests.engine.drafting.heads.targets import sequence
 
 SURE, DOUBTFUL = Level((1, 2, 3), (0.9, 0.05, 0.03)), Level((4, 5, 6), (0.4, 0.35, 0.2))
 GREEDY = {"temperature": 0.0}

@@ -14,10 +14,10 @@ from engine.batch import BatchBuilder
 from engine.checkpoint import CheckpointError
 from engine.drafting.guess import Want
 from engine.drafting.loading import Kind, kind_of, load_drafters
-from engine.drafting.small_model import SmallModel
+from engine.drafting.models.small_model import SmallModel
 from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
-from tests.engine.drafting.small import paths, plain_logits, processor_of, sequence, transformer
+from tests.engine.drafting.models.small import paths, plain_logits, processor_of, sequence, transformer
 from tests.engine.tiny import CPU, TINY, random_weights
 from tests.engine.weights.folder import config_json, folder_tensors
 from tests.engine.weights.stored import write

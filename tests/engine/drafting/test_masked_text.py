@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from engine.drafting import LIGHT
-from engine.drafting.skipped_layers import SkippedLayers
+from engine.drafting.skips.skipped_layers import SkippedLayers
 from scheduler.types import FinishReason, LossyAcceptance
 from tests.engine.drafting import test_speculative_text
-from tests.engine.drafting.test_speculative_text import PROMPTS, Generous
+from tests.engine.drafting.eager import eager
+from tests.engine.drafting.test_speculative_text import PROMPTS
 from tests.engine.tiny import TINY, request, run, tiny_core
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def masked(core, **of_mask):
         return mask
 
     core.runner.mask_of = mask_of
-    core.speculation.costs = Generous()
+    eager(core)
     return masks
 
 
@@ -177,7 +178,7 @@ def test_a_mask_that_raises_ends_its_sequence_alone():
 
     core = tiny_core()
     core.runner.mask_of = lambda sequence: Broken() if sequence.request.request_id == "m" else None
-    core.speculation.costs = Generous()
+    eager(core)
     fields = {"temperature": 0.0, "max_tokens": 8, "method": "speculative"}
     heard = run(core, request("m", PROMPTS[0], **fields), request("p", PROMPTS[1], **fields))
     assert heard["m", 0].finish is FinishReason.ERROR

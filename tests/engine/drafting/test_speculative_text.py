@@ -6,6 +6,7 @@ import pytest
 
 from engine.drafting import LIGHT
 from scheduler.types import FinishReason
+from tests.engine.drafting.eager import eager
 from tests.engine.tiny import abort, request, run, tiny_core
 
 PROMPTS = [
@@ -45,26 +46,26 @@ def plain():
 @pytest.mark.parametrize("drafter", ["auto", *LIGHT])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_every_drafter_gives_the_text_of_plain_decoding(name, drafter, plain):
-    core = eager()
+    core = eager(tiny_core())
     for _ in range(2):  # the second time with prefix hits, and with the first answers known
         assert told(core, asked("speculative", SAMPLINGS[name], drafter=drafter)) == plain[name]
 
 
 @pytest.mark.parametrize("settings", [{"num_pages": 12}, {"max_num_seqs": 2}, {"max_num_batched_tokens": 16}])
 def test_also_where_pages_places_or_tokens_are_few(settings, plain):
-    core = eager(**settings)
+    core = eager(tiny_core(**settings))
     for name in ("greedy", "hot"):
         assert told(core, asked("speculative", SAMPLINGS[name])) == plain[name]
 
 
 def test_methods_mix_in_one_batch(plain):
-    core = eager()
+    core = eager(tiny_core())
     both = asked("autoregressive", SAMPLINGS["warm"])[::2] + asked("speculative", SAMPLINGS["warm"])[1::2]
     assert told(core, both) == plain["warm"]
 
 
 def test_choices_share_a_prompt_and_differ():
-    core = eager()
+    core = eager(tiny_core())
     fields = {"num_choices": 3, "temperature": 0.9, "max_tokens": 30, "seed": 5}
     expected = run(core, request("a", PROMPTS[0], **fields))
     found = run(core, request("b", PROMPTS[0], method="speculative", **fields))
@@ -74,7 +75,7 @@ def test_choices_share_a_prompt_and_differ():
 
 
 def test_a_stop_in_the_middle_of_an_accepted_run_ends_there():
-    core = eager()
+    core = eager(tiny_core())
     [(_, whole)] = run(core, request("a", PROMPTS[0], temperature=0.0, max_tokens=40)).items()
     stop = whole.tokens[25]
     at = whole.tokens.index(stop)
@@ -87,7 +88,7 @@ def test_a_stop_in_the_middle_of_an_accepted_run_ends_there():
 
 
 def test_drafts_are_accepted_and_save_steps():
-    core = eager()
+    core = eager(tiny_core())
     fields = {"temperature": 0.0, "max_tokens": 40, "method": "speculative"}
     run(core, request("a", PROMPTS[0], **fields))
     before = core.scheduler._num_steps
@@ -96,7 +97,7 @@ def test_drafts_are_accepted_and_save_steps():
 
 
 def test_an_aborted_request_leaves_nothing_behind():
-    core = eager()
+    core = eager(tiny_core())
     from engine.messages import Submit
 
     core.handle(Submit(request("a", PROMPTS[0], temperature=0.0, max_tokens=200, method="speculative")))
@@ -108,32 +109,3 @@ def test_an_aborted_request_leaves_nothing_behind():
     assert not core.speculation._asked
     assert not core.speculation.acceptance._own
     assert all(not getattr(drafter, "_indices", {}) for drafter in core.speculation.drafters.values())
-
-
-def eager(**settings):
-    """A core in which every draft pays, and everybody is always asked."""
-    core = tiny_core(**settings)
-    core.speculation.costs = Generous()
-    core.speculation.yields.worth_asking = lambda name, rivals, tokens_per_s: list(rivals)
-    core.speculation.yields.took = core.speculation.yields.gained = lambda *_: None
-    return core
-
-
-class Generous:
-    """Costs under which every draft pays: the most drafts there can be, right or wrong."""
-
-    def economy(self, slices, num_committed):
-        from scheduler.speculation import StepEconomy
-
-        rows = sum(count for _, count in slices)
-        return StepEconomy(
-            step_s=1.0,
-            num_committed=max(1, num_committed),
-            num_rows=rows,
-            row_block=8,
-            block_s=0.0,
-            draft_s=0.0,
-        )
-
-    def note(self, plan, seconds):
-        pass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.messages import Submit
-from tests.engine.drafting.test_speculative_text import PROMPTS, Generous
+from tests.engine.drafting.eager import eager
+from tests.engine.drafting.test_speculative_text import PROMPTS
 from tests.engine.tiny import request, run, tiny_core
 
 
@@ -31,7 +32,7 @@ def outputs_of(core, one):
 @pytest.fixture
 def core():
     made = tiny_core()
-    made.speculation.costs = Generous()
+    eager(made)
     return made
 
 

@@ -1,0 +1,1 @@
+"""Drafts of whole blocks by diffusion over the target's hidden states: DFlash, DSpark."""

@@ -1,0 +1,225 @@
+"""A drafter whose head reads the target's hidden states: EAGLE and multi-token prediction.
+
+With each guess the head first reads what the target has computed since, in the place of what it had made up
+there itself. Then it grows a tree, level by level, as EAGLE-2 (Li 2024) does: each pass computes the nodes
+whose followers may be among the best drafts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from engine.drafting.draft_kv import TREE_SLOTS, DraftPiece
+from engine.drafting.growing_tree import GrowingTree
+from engine.drafting.guess import NO_GUESS, ROOT
+from engine.drafting.heads.waiting_features import MAX_WAITING_BYTES, WaitingFeatures
+from engine.drafting.standing import Standing
+from engine.sampling.candidates import candidates
+from engine.sampling.places import Place
+from engine.sampling.ranking import is_random
+from scheduler.types import Visibility
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from engine.drafting.draft_kv import DraftKV
+    from engine.drafting.guess import Guess, Seen, Want
+    from engine.drafting.heads.heads import Head
+    from engine.drafting.heads.waiting_features import Progress
+    from engine.drafting.surroundings import Surroundings
+    from scheduler.types import Sequence
+
+WIDTH = 8  # drafts that may stand at one place
+MAX_PASSES = 7  # with one guess, behind the one that reads
+CATCH_UP_ROWS = 2048  # at most so many are read with one guess, over all sequences
+GAIN = 0.8  # a pass gains so much of the chances of the nodes that it computes
+
+
+class _Growth(NamedTuple):
+    """One sequence's tree while it grows. `made` [hidden]: a feature for each node that was computed."""
+
+    want: Want
+    progress: Progress
+    tree: GrowingTree
+    made: list[torch.Tensor]
+
+    @property
+    def seq_id(self) -> int:
+        return self.want.sequence.seq_id
+
+    def feature_behind(self, node: int) -> torch.Tensor:
+        """[hidden]: made of the node's place, or of the last committed token's (ROOT)"""
+        if node != ROOT:
+            return self.made[self.tree.computed.index(node)]
+        assert self.progress.feature is not None, "a tree without a root"
+        return self.progress.feature
+
+
+class HeadDrafter:
+    """Positions in the head are counted from the first row that it has of a sequence: rotary positions are
+    relative, so it makes no difference where they begin, and so slots and windows stay in step with them.
+
+    `cost`: of a pass, in passes of the target.
+    """
+
+    def __init__(self, head: Head, kv: DraftKV, around: Surroundings, cost: float) -> None:
+        self.head = head
+        self.taps = head.taps
+        self.kv = kv
+        self.around = around
+        self.cost = cost
+        self.standing = Standing()
+        row_bytes = len(head.taps) * around.model.config.hidden_size * around.dtype.itemsize
+        self.waiting = WaitingFeatures(max(1, MAX_WAITING_BYTES // row_bytes))
+        self._trees: dict[int, tuple[int, GrowingTree]] = {}  # the last guess, and how many tokens it follows
+
+    def observe(self, seen: SequenceOf[Seen]) -> None:
+        self.waiting.observe(seen)
+
+    def release(self, sequence: Sequence) -> None:
+        self.waiting.release(sequence.seq_id)
+        self.kv.release(sequence.seq_id)
+        self._trees.pop(sequence.seq_id, None)
+
+    @torch.inference_mode()
+    def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
+        self._learn(wants)
+        growths = [self._planted(want, progress) for want, progress in self._catch_up(wants)]
+        if growths:
+            self._grow([(growth, ROOT) for growth in growths])
+        for num_passes in range(MAX_PASSES):
+            if not self._deepen(growths, num_passes):
+                break
+        for growth in growths:
+            self.kv.crop(growth.seq_id, growth.progress.num_read)
+        found = {growth.seq_id: growth.tree.guess() for growth in growths}
+        return [found.get(want.sequence.seq_id, NO_GUESS) for want in wants]
+
+    def _learn(self, wants: SequenceOf[Want]) -> None:
+        """What became of the drafts that were guessed last."""
+        for want in wants:
+            length, tree = self._trees.pop(want.sequence.seq_id, (0, None))
+            if tree is not None:
+                tree.followed(want.sequence.tokens[length:])
+
+    def _planted(self, want: Want, progress: Progress) -> _Growth:
+        drawn = is_random(Place(want.sequence))
+        tree = GrowingTree(want.limit, self.standing, drawn=drawn)
+        self._trees[want.sequence.seq_id] = len(want.sequence.tokens), tree
+        return _Growth(want, progress, tree, [])
+
+    def _catch_up(self, wants: SequenceOf[Want]) -> list[tuple[Want, Progress]]:
+        """Read what waits, the shortest first -> those for whom nothing waits any more."""
+        able = []
+        for want in wants:
+            progress = self.waiting.of(want.sequence.seq_id)
+            if want.limit > 0 and progress is not None and progress.end == len(want.sequence.tokens) - 1:
+                able.append((want, progress))
+        able.sort(key=lambda entry: entry[1].num_waiting)
+        able = self._with_room(able)
+        pieces, seen, readers = [], [], []
+        left = CATCH_UP_ROWS
+        for want, progress in able:
+            count = min(progress.num_waiting, left)
+            if count:
+                left -= count
+                pieces.append(_reading(want.sequence, progress, count))
+                seen.append(progress.take(count))
+                readers.append(progress)
+        if pieces:
+            made = self._computed(pieces, self.head.features(self._padded(torch.cat(seen))))
+            end = 0
+            for progress, piece in zip(readers, pieces, strict=True):
+                end += len(piece.tokens)
+                progress.feature = made[end - 1].clone()
+        return [(want, progress) for want, progress in able if not progress.num_waiting]
+
+    def _with_room(self, able: list[tuple[Want, Progress]]) -> list[tuple[Want, Progress]]:
+        """Those with room in the KV. Who has lost theirs begin anew with what waits."""
+        held = self.kv.reserve(
+            [
+                (want.sequence.seq_id, progress.num_read + progress.num_waiting + TREE_SLOTS)
+                for want, progress in able
+            ]
+        )
+        found = []
+        for want, progress in able:
+            if self.kv.length(want.sequence.seq_id) < progress.num_read:
+                progress.start_anew()
+            if want.sequence.seq_id in held and (progress.num_waiting or progress.feature is not None):
+                found.append((want, progress))
+        return found
+
+    def _deepen(self, growths: list[_Growth], num_passes: int) -> bool:
+        """Compute the most promising nodes of the trees, unless a pass costs more than it gains: tokens per
+        second would fall. As many rows as there are sequences, and those that fill up a block of rows."""
+        found = [(growth, node) for growth in growths for node in growth.tree.front()]
+        found.sort(key=lambda entry: -entry[0].tree.nodes[entry[1]].score)
+        del found[len(growths) + -len(growths) % self.around.ops.row_multiple :]
+        gain = GAIN * sum(growth.tree.nodes[node].score for growth, node in found)
+        expected = sum(growth.tree.expected for growth in growths)
+        if not found or gain * (1.0 + num_passes * self.cost) < expected * self.cost:
+            return False
+        chosen: dict[int, list[int]] = {}
+        for growth, node in found:
+            chosen.setdefault(growth.seq_id, []).append(node)
+        fronts = [(growth, chosen[growth.seq_id]) for growth in growths if growth.seq_id in chosen]
+        parents = [(growth, node) for growth, nodes in fronts for node in nodes]
+        before = [growth.feature_behind(growth.tree.nodes[node].parent) for growth, node in parents]
+        pieces = [_guessing(growth, nodes) for growth, nodes in fronts]
+        made = self._computed(pieces, self._padded(torch.stack(before)))
+        for row, (growth, _) in enumerate(parents):
+            growth.made.append(made[row])
+        self._grow(parents)
+        return True
+
+    def _computed(self, pieces: list[DraftPiece], features: torch.Tensor) -> torch.Tensor:
+        return self.head.compute(features, self.kv.rows(pieces), self.kv.storage)
+
+    def _grow(self, parents: list[tuple[_Growth, int]]) -> None:
+        """What may stand behind these nodes, whose features were made."""
+        features = torch.stack([growth.feature_behind(node) for growth, node in parents])
+        logits = self.head.logits(self._padded(features))[: len(parents)]
+        places = [
+            Place(
+                growth.want.sequence, growth.tree.path(node), self.around.processor_of(growth.want.sequence)
+            )
+            for growth, node in parents
+        ]
+        found = candidates(logits, places, WIDTH)
+        children = zip(found.tokens.tolist(), found.chances.tolist(), strict=True)
+        for (growth, node), (tokens, chances) in zip(parents, children, strict=True):
+            growth.tree.grow(node, tokens, chances)
+            if not chances[0]:
+                self.kv.storage.tainted = True  # perhaps numbers went wrong: pages are cleared from now on
+
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        missing = -len(rows) % self.around.ops.row_multiple
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+
+def _reading(sequence: Sequence, progress: Progress, count: int) -> DraftPiece:
+    """The next rows that wait: each has the token behind its place."""
+    start = progress.num_read
+    token = progress.first + start + 1
+    tokens = tuple(sequence.tokens[token : token + count])
+    return DraftPiece(sequence.seq_id, tokens, range(start, start + count), start, num_logits=0)
+
+
+def _guessing(growth: _Growth, nodes: list[int]) -> DraftPiece:
+    """Nodes of the tree, which lies behind what was read."""
+    begin, tree = growth.progress.num_read, growth.tree
+    start = begin + len(tree.computed)
+    words = tree.compute(nodes)
+    return DraftPiece(
+        growth.seq_id,
+        tuple(tree.nodes[node].token for node in nodes),
+        tuple(begin + tree.nodes[node].depth for node in nodes),
+        start,
+        num_logits=0,
+        num_window=len(tree.computed),
+        visibility=Visibility.ANCESTORS,
+        ancestors=words,
+    )

@@ -1,0 +1,1 @@
+"""Drafts of a smaller model that speaks the same tokens."""

@@ -1,0 +1,1 @@
+"""Drafts of the target itself with some of its layers skipped."""
