@@ -4,9 +4,10 @@ It walks the keys in blocks of `KEY_BLOCK` slots counted from the start of the s
 blocks in that order, from the first one that a row of the slice can see; so a row's sums depend on the row
 alone, whatever else is in the batch.
 
-Within a block every sum over keys is a matrix product, which adds in the order of the keys, and a weight of
-exactly 0 adds nothing: a row's sums depend on what it sees in which order, not on what lies hidden between.
-So a row of a tree has the bits of plain decoding, as long as the whole tree lies in one block.
+In the block of its own slot a row's sums over keys are matrix products, that of its weights too. They add in
+the order of the keys, and a weight of exactly 0 adds nothing: the sums depend on what the row sees, in which
+order, and not on what lies hidden between. So a row of a tree has the bits of plain decoding, as long as the
+whole tree lies in one block. In other blocks nothing lies hidden between, and `Tensor.sum` is faster.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class _KeyBlock:
     num_slices: int
     gather: torch.Tensor  # [num_slices * Hkv * pages] flat (page, head)
     hidden: torch.Tensor | None  # bool [num_slices, 1, n, 1, KEY_BLOCK]: what a row may not see
+    own: torch.Tensor | None  # bool [num_slices * Hkv, padded n * group, 1]: rows whose slot lies in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +118,14 @@ class ReferenceAttention:
             if first == 0:
                 top = peak
                 weights = scores.sub_(top).exp_()
-                total = self._total(weights)
+                total = self._total(weights, block.own)
                 merged = torch.bmm(weights, value)
                 continue
             raised = torch.maximum(top[:live], peak)
             shrink = (top[:live] - raised).exp_()
             weights = scores.sub_(raised).exp_()
             top[:live] = raised
-            total[:live] = total[:live] * shrink + self._total(weights)
+            total[:live] = total[:live] * shrink + self._total(weights, block.own)
             merged[:live] = merged[:live] * shrink + torch.bmm(weights, value)
         top, total, merged = (part[:, : places * self.group] for part in (top, total, merged))
         if sinks is not None:
@@ -135,10 +137,13 @@ class ReferenceAttention:
         result = (merged / total).reshape(slices, heads, places, self.group, size).permute(0, 2, 1, 3, 4)
         return result.reshape(slices * places, heads * self.group, size)
 
-    def _total(self, weights: torch.Tensor) -> torch.Tensor:
-        """[.., n, KEY_BLOCK] -> [.., n, 1]. In `Tensor.sum` the places of the zeros would matter."""
-        summed = torch.mm(weights.view(-1, KEY_BLOCK), self.ones)
-        return summed[:, :1].view(*weights.shape[:-1], 1)
+    def _total(self, weights: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+        """[.., n, KEY_BLOCK] -> [.., n, 1]"""
+        total = weights.sum(-1, keepdim=True)
+        if own is None:
+            return total
+        product = torch.mm(weights.view(-1, KEY_BLOCK), self.ones)
+        return torch.where(own, product[:, :1].view(total.shape), total)
 
     def _plan_group(
         self,
@@ -164,6 +169,8 @@ class ReferenceAttention:
         masked = _masked_blocks(starts, ends, int(num_blocks[0]))
         slots = (masked[:, None] * KEY_BLOCK + np.arange(KEY_BLOCK)).ravel()
         hidden = self._tensor(~_visible(starts, ends, table.words[rows], slots)[:, None, :, None, :])
+        own_slots = table.lengths[members][:, None] - np.maximum(counts[:, None] - places, 1)
+        own_blocks = (own_slots - base) // KEY_BLOCK
         covers = {number: KEY_BLOCK * place for place, number in enumerate(masked.tolist())}
         blocks = []
         for number in range(num_blocks[0]):
@@ -171,8 +178,16 @@ class ReferenceAttention:
             index = gather[:live, :, number * per_block : (number + 1) * per_block].reshape(-1)
             column = covers.get(number)
             cover = None if column is None else hidden[:live, ..., column : column + KEY_BLOCK]
-            blocks.append(_KeyBlock(live, index, cover))
+            blocks.append(_KeyBlock(live, index, cover, self._own(own_blocks[:live] == number)))
         return _Group(self._tensor(rows), self._tensor(real), self._tensor(rows.ravel()[real]), tuple(blocks))
+
+    def _own(self, rows: NDArray[np.bool_]) -> torch.Tensor | None:
+        """rows [S, n] -> for `_KeyBlock.own`; the padding does not matter."""
+        if not rows.any():
+            return None
+        folded = np.repeat(np.repeat(rows, self.group, axis=1), self.num_kv_heads, axis=0)
+        padded = np.pad(folded, ((0, 0), (0, -folded.shape[1] % ROW_MULTIPLE)))
+        return self._tensor(padded[..., None])
 
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
