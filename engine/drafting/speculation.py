@@ -9,6 +9,7 @@ draft.
 
 from __future__ import annotations
 
+import logging
 import time
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from scheduler.plan import StepPlan
     from scheduler.scheduler import Scheduler
     from scheduler.types import Sequence
+
+logger = logging.getLogger("octavo.engine")
 
 METHOD = "speculative"
 MAX_DRAFTS = 32  # of a drafter for one sequence in one step
@@ -59,6 +62,7 @@ class Speculation:
         self.acceptance = Acceptance()
         self.yields = Yields()
         self.taps = tuple(sorted(set(chain.from_iterable(one.taps for one in drafters.values()))))
+        self.failed: set[str] = set()
         self._asked: dict[int, Offer] = {}  # in this step
         self._met: dict[int, Sequence] = {}  # those that drafters may know something of, while they live
 
@@ -124,9 +128,14 @@ class Speculation:
         """-> those whose text the drafter is still reading"""
         wants = [Want(one, self._limit(one)) for one in sequences if _allows(one, name)]
         behind: set[int] = set()
-        if not wants:
+        if not wants or name in self.failed:
             return behind
-        for want, guess in zip(wants, self.drafters[name].guess(wants), strict=True):
+        try:
+            guesses = self.drafters[name].guess(wants)
+        except Exception:
+            self._give_up(name)
+            return behind
+        for want, guess in zip(wants, guesses, strict=True):
             seq_id = want.sequence.seq_id
             if guess is CATCHING_UP:
                 behind.add(seq_id)
@@ -207,8 +216,17 @@ class Speculation:
             elif drafter.taps != self.taps:
                 places = [self.taps.index(tap) for tap in drafter.taps]
                 told = [one._replace(features=tuple(one.features[place] for place in places)) for one in told]
-            if told:
+            if not told or name in self.failed:
+                continue
+            try:
                 drafter.observe(told)
+            except Exception:
+                self._give_up(name)
+
+    def _give_up(self, name: str) -> None:
+        """A drafter may cost time, and nothing else: one that raises is not asked again."""
+        logger.exception("the drafter %s failed: it is not asked any more", name)
+        self.failed.add(name)
 
     def release(self, seq_id: int) -> None:
         """The sequence has ended; its tokens are final."""

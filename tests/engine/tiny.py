@@ -198,6 +198,7 @@ def run(
         if not coming and not core.has_work:
             break
     assert all(one.finish is not None for one in heard.values()), "a choice never ended"
+    assert not core.speculation.failed, "a drafter raised"
     if checked:
         check_empty(core.scheduler)
         assert not core.runner.methods, "a decoding method outlived its sequence"

@@ -56,14 +56,16 @@ class Following:
         self._settle(wants)
         able = [want for want in wants if want.limit > 0 and len(self.text(want.sequence)) <= self.max_len]
         able.sort(key=self._num_lacking)
-        lacking = [self._num_lacking(want) for want in able]
         roomy = self.kv.reserve(
             (want.sequence.seq_id, len(self.text(want.sequence)) + TREE_SLOTS) for want in able
         )
         found: list[Stretch] = []
         left = CATCH_UP_TOKENS
-        for want, lacks in zip(able, lacking, strict=True):
+        for want in able:
             if want.sequence.seq_id in roomy and left:
+                lacks = self._num_lacking(
+                    want
+                )  # by now: it may have lost its pages to another, and got new ones
                 num_tokens = len(self.text(want.sequence))
                 start = num_tokens - lacks
                 end = start + min(lacks, left)

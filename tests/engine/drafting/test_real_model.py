@@ -19,7 +19,7 @@ from tests.engine.drafting.eager import eager
 from tests.engine.test_building import COSTS
 from tests.engine.tiny import request, run
 
-NUM_TOKENS = 20
+NUM_TOKENS = 12
 SAMPLINGS = (
     {"temperature": 0.0},
     {"temperature": 0.7, "top_p": 0.9},
@@ -27,7 +27,7 @@ SAMPLINGS = (
     {"temperature": 1.5, "top_p": 0.7, "repetition_penalty": 1.2, "min_p": 0.02},
 )
 TEXT = "one two three four, one two three five, one two three six and then"
-FEW_PAGES = 30  # of 16 tokens: less than half of what the batch needs in the end
+FEW_PAGES = 40  # of 4 tokens: half of what the batch needs in the end
 
 
 def asked(tokenizer, method, drafter, numbers):
@@ -59,16 +59,18 @@ def told(core, requests):
 def cores(smollm2_gguf):
     """One with pages for all, one with few of them."""
     found = []
-    for num_pages in (400, FEW_PAGES):
+    for num_pages, page_size in ((400, 16), (FEW_PAGES, 4)):
         core = build_engine(
             EngineConfig(
                 model=str(smollm2_gguf),
                 device="cpu",
                 state_folder="-",
                 costs=COSTS,
-                max_model_len=256,
+                max_model_len=128,
                 draft_model=str(smollm2_gguf),
-                scheduler=SchedulerConfig(num_pages=num_pages, max_num_seqs=16, growth_share=0.0),
+                scheduler=SchedulerConfig(
+                    num_pages=num_pages, page_size=page_size, max_num_seqs=16, growth_share=0.0
+                ),
             )
         ).core
         found.append(eager(core))
