@@ -1,8 +1,9 @@
 """Tokens per step and speed of speculative decoding against plain decoding, on the default model.
 
     python -m tests.bench.speculation [--concurrency 1,4,16,32] [--drafters auto,prompt_lookup] [--rounds 2]
+        [--tokens 96] [--temperature 0] [--draft-model FOLDERS]
 
-Three kinds of work, three prompts each, greedy, 96 tokens. Plain and speculative alternate, in one process,
+Three kinds of work, three prompts each. Plain and speculative alternate, in one process,
 each time under a salt of its own, so that neither finds the other's pages or answers; the clients of a round
 ask the same. Speed is the ratio of the times of a whole round, prompts included: the median over the rounds,
 with the least and the most. Texts are compared, and one that differs ends the benchmark.
@@ -24,7 +25,6 @@ from engine.messages import Submit
 from scheduler.types import Request, SamplingParams
 from server.tokenizer import Tokenizer
 
-NUM_TOKENS = 96
 LETTER = (
     "Dear Mr. Novak, thank you for your order of the 3rd of March. We are sorry to say that the blue garden "
     "chairs are out of stock until the end of April. We can send you the green ones at the same price, or "
@@ -66,8 +66,10 @@ class Round:
 
 
 class Bench:
-    def __init__(self) -> None:
-        self.core: EngineCore = build_engine(EngineConfig(state_folder="-")).core
+    def __init__(self, draft_model: str, num_tokens: int, temperature: float) -> None:
+        config = EngineConfig(state_folder="-", draft_model=draft_model)
+        self.core: EngineCore = build_engine(config).core
+        self.sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, seed=7)
         tokenizer = Tokenizer.from_checkpoint(locate(""))
         self.prompts = {
             kind: [
@@ -87,7 +89,7 @@ class Bench:
                 Request(
                     request_id=f"r{next(self.numbers)}",
                     prompt_ids=tuple(prompt),
-                    sampling=SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS),
+                    sampling=self.sampling,
                     arrival_s=time.monotonic(),
                     method=method,
                     drafter=drafter,
@@ -115,8 +117,11 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,4,16,32")
     parser.add_argument("--drafters", default="auto", help=", ".join(DRAFTERS))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--draft-model", default="")
     args = parser.parse_args()
-    bench = Bench()
+    bench = Bench(args.draft_model, args.tokens, args.temperature)
     bench.round("chat", 1, "autoregressive", "auto")  # kernels and memory warm up
     print(f"{'clients':>7} {'work':<5} {'drafter':<14} {'tokens/step':>11} {'speed':>6}   min   max")
     for clients, drafter in itertools.product(
