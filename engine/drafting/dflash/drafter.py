@@ -9,7 +9,7 @@ there on. Positions are counted from the context's beginning: rotary ones are re
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,8 @@ from engine.drafting.dflash.layers import BlockLayers
 from engine.drafting.dflash.weights import read_weights
 from engine.drafting.draft_kv import DraftKV, DraftPiece
 from engine.drafting.guess import CATCHING_UP, NO_GUESS
-from engine.drafting.heads.waiting_features import MAX_WAITING_BYTES, Progress, WaitingFeatures
+from engine.drafting.heads.catching_up import readers
+from engine.drafting.heads.waiting_features import MAX_WAITING_BYTES, WaitingFeatures
 from engine.models.context import for_context
 from engine.sampling.candidates import candidates
 from engine.sampling.places import Place
@@ -34,21 +35,14 @@ if TYPE_CHECKING:
     from engine.drafting.dflash.config import DFlashConfig
     from engine.drafting.dflash.weights import DFlashWeights
     from engine.drafting.guess import Guess, Seen, Want
+    from engine.drafting.heads.catching_up import Reader
     from engine.drafting.surroundings import Surroundings
     from engine.models.layers import Rows
     from scheduler.types import Sequence
 
 WIDTH = 8  # candidates for a place
-CATCH_UP_ROWS = 2048  # of contexts that one guess takes in at most, over all sequences
 BLOCK_ROWS = 2048  # of blocks that one guess computes at most
 LOGIT_ROWS = 256  # whose logits are held at a time
-
-
-class _Ready(NamedTuple):
-    """A sequence whose context is complete."""
-
-    want: Want
-    context_len: int
 
 
 class DFlash:
@@ -76,13 +70,10 @@ class DFlash:
 
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
-        found: dict[int, Guess] = {}
-        ready: list[_Ready] = []
-        for want, progress in self._catch_up(wants):
-            if progress.num_waiting:
-                found[want.sequence.seq_id] = CATCHING_UP
-            elif progress.num_read and len(ready) * self.config.block_size < BLOCK_ROWS:
-                ready.append(_Ready(want, progress.num_read))
+        able = self._take_in(wants)
+        found = {reader.seq_id: CATCHING_UP for reader in able if not reader.catches_up}
+        ready = [reader for reader in able if reader.catches_up]
+        del ready[max(1, BLOCK_ROWS // self.config.block_size) :]
         if ready:
             hidden = self._blocks(ready)
             deepest = min(self.config.num_drafts, max(one.want.limit for one in ready))
@@ -92,61 +83,40 @@ class DFlash:
                 found |= self._guesses(ready[part], hidden[part], deepest)
         return [found.get(want.sequence.seq_id, NO_GUESS) for want in wants]
 
-    def _catch_up(self, wants: SequenceOf[Want]) -> list[tuple[Want, Progress]]:
-        """Take in what waits, the shortest first -> those that there is room for, and how far they are."""
-        able = []
-        for want in wants:
-            progress = self.waiting.of(want.sequence.seq_id)
-            if want.limit > 0 and progress is not None and progress.end == len(want.sequence.tokens) - 1:
-                able.append((want, progress))
-        able.sort(key=lambda entry: entry[1].num_waiting)
-        pieces, seen = [], []
-        left = CATCH_UP_ROWS
-        able = self._with_room(able)
-        for want, progress in able:
-            count = min(progress.num_waiting, left)
-            if count:
-                left -= count
-                start = progress.num_read
-                slots = range(start, start + count)
-                pieces.append(DraftPiece(want.sequence.seq_id, (0,) * count, slots, start, num_logits=0))
-                seen.append(progress.take(count))
+    def _take_in(self, wants: SequenceOf[Want]) -> list[Reader]:
+        """Keys and values of the contexts; which tokens are there nobody asks. -> who has one, or will"""
+        able = readers(wants, self.waiting, self.kv, self.config.block_size)
+        pieces, rows = [], []
+        for reader in able:
+            if reader.rows is not None:
+                slots = range(reader.start, reader.start + reader.count)
+                tokens = (0,) * reader.count
+                pieces.append(DraftPiece(reader.seq_id, tokens, slots, reader.start, num_logits=0))
+                rows.append(reader.rows)
         if pieces:
-            self.layers.write_context(torch.cat(seen), self.kv.rows(pieces), self.kv.storage)
+            self.layers.write_context(torch.cat(rows), self.kv.rows(pieces), self.kv.storage)
         return able
 
-    def _with_room(self, able: list[tuple[Want, Progress]]) -> list[tuple[Want, Progress]]:
-        """Those with room in the KV. Who has lost theirs begin anew with what waits."""
-        block = self.config.block_size
-        held = self.kv.reserve(
-            (want.sequence.seq_id, progress.num_read + progress.num_waiting + block)
-            for want, progress in able
-        )
-        for want, progress in able:
-            if self.kv.length(want.sequence.seq_id) < progress.num_read:
-                progress.start_anew()
-        return [entry for entry in able if entry[0].sequence.seq_id in held]
-
-    def _blocks(self, ready: list[_Ready]) -> torch.Tensor:
+    def _blocks(self, ready: list[Reader]) -> torch.Tensor:
         """-> [R, block, hidden], what the head reads of the last tokens and of the masks behind them"""
         seeing = {causal: self._rows(ready, causal) for causal in set(self.config.causal)}
         tokens = next(iter(seeing.values())).tokens
         embedded = self.embedding.index_select(0, tokens) * self.config.embedding_scale
         hidden = self.layers.blocks(embedded, seeing, self.kv.storage)
         for one in ready:
-            self.kv.crop(one.want.sequence.seq_id, one.context_len)
+            self.kv.crop(one.seq_id, one.progress.num_read)
         return hidden[: len(ready) * self.config.block_size].view(len(ready), self.config.block_size, -1)
 
-    def _rows(self, ready: list[_Ready], causal: bool) -> Rows:
+    def _rows(self, ready: list[Reader], causal: bool) -> Rows:
         block = self.config.block_size
         masks = (self.config.mask_token,) * (block - 1)
         return self.kv.rows(
             [
                 DraftPiece(
-                    seq_id=one.want.sequence.seq_id,
+                    seq_id=one.seq_id,
                     tokens=(one.want.sequence.tokens[-1], *masks),
-                    positions=range(one.context_len, one.context_len + block),
-                    start=one.context_len,
+                    positions=range(one.progress.num_read, one.progress.num_read + block),
+                    start=one.progress.num_read,
                     num_logits=0,
                     num_window=block,
                     visibility=Visibility.CAUSAL if causal else Visibility.ALL,
@@ -155,7 +125,7 @@ class DFlash:
             ]
         )
 
-    def _guesses(self, ready: list[_Ready], hidden: torch.Tensor, deepest: int) -> dict[int, Guess]:
+    def _guesses(self, ready: list[Reader], hidden: torch.Tensor, deepest: int) -> dict[int, Guess]:
         """hidden [R, block, hidden] -> a tree for each, of candidates for at most `deepest` places"""
         first = self.config.first_row
         asked = hidden[:, first : first + deepest]
@@ -185,9 +155,7 @@ class DFlash:
             self.kv.storage.tainted = True  # perhaps numbers went wrong: pages are cleared from now on
         spreads = self.heads.spreads
         return {
-            one.want.sequence.seq_id: self.trees.grow(
-                one.want.sequence, line, one.want.limit, spreads=spreads
-            )
+            one.seq_id: self.trees.grow(one.want.sequence, line, one.want.limit, spreads=spreads)
             for one, line in zip(ready, levels, strict=True)
         }
 
@@ -197,6 +165,7 @@ def load(folder: Path, config_json: Mapping[str, Any], around: Surroundings, fre
     target = around.model.config
     config = read_config(folder, config_json, target)
     weights = read_weights(folder, config, around)
-    layers = for_context(config.layers, around.max_model_len)
+    reach = max(config.layers.max_positions, around.max_model_len)  # beyond its training it is merely worse
+    layers = for_context(replace(config.layers, max_positions=reach), around.max_model_len)
     kv = DraftKV.beside(around, layers, free_bytes)
     return DFlash(replace(config, layers=layers), weights, kv, around)

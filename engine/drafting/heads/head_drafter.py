@@ -13,7 +13,8 @@ import torch
 
 from engine.drafting.draft_kv import TREE_SLOTS, DraftPiece
 from engine.drafting.growing_tree import GrowingTree
-from engine.drafting.guess import NO_GUESS, ROOT
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, ROOT
+from engine.drafting.heads.catching_up import readers
 from engine.drafting.heads.waiting_features import MAX_WAITING_BYTES, WaitingFeatures
 from engine.drafting.standing import Standing
 from engine.sampling.candidates import candidates
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from engine.drafting.draft_kv import DraftKV
     from engine.drafting.guess import Guess, Seen, Want
+    from engine.drafting.heads.catching_up import Reader
     from engine.drafting.heads.heads import Head
     from engine.drafting.heads.waiting_features import Progress
     from engine.drafting.surroundings import Surroundings
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 WIDTH = 8  # drafts that may stand at one place
 MAX_PASSES = 7  # with one guess, behind the one that reads
-CATCH_UP_ROWS = 2048  # at most so many are read with one guess, over all sequences
 GAIN = 0.8  # a pass gains so much of the chances of the nodes that it computes
 
 
@@ -86,7 +87,8 @@ class HeadDrafter:
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
         self._learn(wants)
-        growths = [self._planted(want, progress) for want, progress in self._catch_up(wants)]
+        able = self._read(wants)
+        growths = [self._planted(reader) for reader in able if reader.catches_up]
         if growths:
             self._grow([(growth, ROOT) for growth in growths])
         for num_passes in range(MAX_PASSES):
@@ -94,8 +96,9 @@ class HeadDrafter:
                 break
         for growth in growths:
             self.kv.crop(growth.seq_id, growth.progress.num_read)
-        found = {growth.seq_id: growth.tree.guess() for growth in growths}
-        return [found.get(want.sequence.seq_id, NO_GUESS) for want in wants]
+        guesses = dict.fromkeys((reader.seq_id for reader in able), CATCHING_UP)
+        guesses |= {growth.seq_id: growth.tree.guess() for growth in growths}
+        return [guesses.get(want.sequence.seq_id, NO_GUESS) for want in wants]
 
     def _learn(self, wants: SequenceOf[Want]) -> None:
         """What became of the drafts that were guessed last."""
@@ -104,53 +107,25 @@ class HeadDrafter:
             if tree is not None:
                 tree.followed(want.sequence.tokens[length:])
 
-    def _planted(self, want: Want, progress: Progress) -> _Growth:
+    def _read(self, wants: SequenceOf[Want]) -> list[Reader]:
+        """-> who has read something, or will"""
+        able = readers(wants, self.waiting, self.kv, TREE_SLOTS)
+        reading = [(reader, reader.rows) for reader in able if reader.rows is not None]
+        if reading:
+            features = self.head.features(self._padded(torch.cat([rows for _, rows in reading])))
+            made = self._computed([_piece(reader) for reader, _ in reading], features)
+            end = 0
+            for reader, rows in reading:
+                end += len(rows)
+                reader.progress.feature = made[end - 1].clone()
+        return able
+
+    def _planted(self, reader: Reader) -> _Growth:
+        want = reader.want
         drawn = is_random(Place(want.sequence))
         tree = GrowingTree(want.limit, self.standing, drawn=drawn)
         self._trees[want.sequence.seq_id] = len(want.sequence.tokens), tree
-        return _Growth(want, progress, tree, [])
-
-    def _catch_up(self, wants: SequenceOf[Want]) -> list[tuple[Want, Progress]]:
-        """Read what waits, the shortest first -> those for whom nothing waits any more."""
-        able = []
-        for want in wants:
-            progress = self.waiting.of(want.sequence.seq_id)
-            if want.limit > 0 and progress is not None and progress.end == len(want.sequence.tokens) - 1:
-                able.append((want, progress))
-        able.sort(key=lambda entry: entry[1].num_waiting)
-        able = self._with_room(able)
-        pieces, seen, readers = [], [], []
-        left = CATCH_UP_ROWS
-        for want, progress in able:
-            count = min(progress.num_waiting, left)
-            if count:
-                left -= count
-                pieces.append(_reading(want.sequence, progress, count))
-                seen.append(progress.take(count))
-                readers.append(progress)
-        if pieces:
-            made = self._computed(pieces, self.head.features(self._padded(torch.cat(seen))))
-            end = 0
-            for progress, piece in zip(readers, pieces, strict=True):
-                end += len(piece.tokens)
-                progress.feature = made[end - 1].clone()
-        return [(want, progress) for want, progress in able if not progress.num_waiting]
-
-    def _with_room(self, able: list[tuple[Want, Progress]]) -> list[tuple[Want, Progress]]:
-        """Those with room in the KV. Who has lost theirs begin anew with what waits."""
-        held = self.kv.reserve(
-            [
-                (want.sequence.seq_id, progress.num_read + progress.num_waiting + TREE_SLOTS)
-                for want, progress in able
-            ]
-        )
-        found = []
-        for want, progress in able:
-            if self.kv.length(want.sequence.seq_id) < progress.num_read:
-                progress.start_anew()
-            if want.sequence.seq_id in held and (progress.num_waiting or progress.feature is not None):
-                found.append((want, progress))
-        return found
+        return _Growth(want, reader.progress, tree, [])
 
     def _deepen(self, growths: list[_Growth], num_passes: int) -> bool:
         """Compute the most promising nodes of the trees, unless a pass costs more than it gains: tokens per
@@ -200,12 +175,12 @@ class HeadDrafter:
         return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
-def _reading(sequence: Sequence, progress: Progress, count: int) -> DraftPiece:
-    """The next rows that wait: each has the token behind its place."""
-    start = progress.num_read
-    token = progress.first + start + 1
-    tokens = tuple(sequence.tokens[token : token + count])
-    return DraftPiece(sequence.seq_id, tokens, range(start, start + count), start, num_logits=0)
+def _piece(reader: Reader) -> DraftPiece:
+    """The rows that are read: each has the token behind its place."""
+    first = reader.progress.first + reader.start + 1
+    tokens = tuple(reader.want.sequence.tokens[first : first + reader.count])
+    places = range(reader.start, reader.start + reader.count)
+    return DraftPiece(reader.seq_id, tokens, places, reader.start, num_logits=0)
 
 
 def _guessing(growth: _Growth, nodes: list[int]) -> DraftPiece:

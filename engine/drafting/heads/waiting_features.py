@@ -27,9 +27,14 @@ class Progress:
     num_waiting: int = 0
 
     @property
+    def length(self) -> int:
+        """Rows that were read or wait."""
+        return self.num_read + self.num_waiting
+
+    @property
     def end(self) -> int:
         """The first token whose hidden states were not seen."""
-        return self.first + self.num_read + self.num_waiting
+        return self.first + self.length
 
     def add(self, rows: torch.Tensor) -> None:
         self.waiting.append(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.drafting.dflash.drafter import CATCH_UP_ROWS, _Ready, load
+from engine.drafting.dflash.drafter import load
 from engine.drafting.dflash.heads import BlockHeads
 from engine.drafting.guess import CATCHING_UP, NO_GUESS, Seen, Want
 from engine.models.transformer import NORMED
@@ -128,14 +128,10 @@ def test_halves_compute_as_well(tmp_path, name):
     features = tuple(tap.bfloat16() for tap in features_of(drafter, 3))
     drafter.observe([seen(sequence, 0, [1, 2, 3], features)])
     sequence.tokens.append(7)
-    hidden = drafter._blocks([_Ready(*entry) for entry in ready_of(drafter, sequence)])
+    hidden = drafter._blocks(drafter._take_in([Want(sequence, 6)]))
     found = reference(config, around).hidden(torch.cat(features, dim=-1).float(), [7] + [299] * 5)
     assert torch.nn.functional.cosine_similarity(hidden[0].float(), found).min() > 0.99
     assert drafter.guess([Want(sequence, 6)])[0] != NO_GUESS
-
-
-def ready_of(drafter, sequence):
-    return [(want, progress.num_read) for want, progress in drafter._catch_up([Want(sequence, 6)])]
 
 
 def test_a_context_that_grows_equals_one_that_is_taken_in_at_once(tmp_path, monkeypatch, around):
@@ -190,8 +186,7 @@ def test_what_was_found_in_a_cache_is_not_in_the_context(tmp_path, monkeypatch, 
 def test_a_long_prompt_is_taken_in_over_several_guesses_and_lost_pages_begin_anew(
     tmp_path, around, monkeypatch
 ):
-    monkeypatch.setattr("engine.drafting.dflash.drafter.CATCH_UP_ROWS", 16)
-    assert CATCH_UP_ROWS > 16
+    monkeypatch.setattr("engine.drafting.heads.catching_up.CATCH_UP_ROWS", 16)
     drafter = drafter_of(tmp_path, BASE, around)
     sequence = one_sequence(list(range(40)), **GREEDY)
     drafter.observe([seen(sequence, 0, sequence.tokens, features_of(drafter, 40))])

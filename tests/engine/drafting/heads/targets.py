@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
+from engine.drafting.heads.head_layers import take_layers
+from engine.drafting.heads.heads import FusingHead
 from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
 from engine.models.config import Layer, Rope, TransformerConfig
 from engine.models.context import for_context
-from engine.models.transformer import Transformer
+from engine.models.transformer import NORMED, Transformer
 from engine.sampling.processors import LogitsProcessor, needs_processing
 from scheduler.types import Sequence
 from tests.engine.tiny import CPU, TINY, random_weights, request
@@ -58,6 +61,25 @@ def chain_head(steps: int, sureness: float = 4.0) -> torch.Tensor:
     for token in range(NUM_WORDS):
         head[following(token, steps), token] = sureness
     return head
+
+
+def knowing_head(around: Surroundings, from_token: bool) -> FusingHead:
+    """A head that knows a chain's next hidden states by the token behind its place, or by those of its
+    place."""
+    config = around.model.config
+    layer = {
+        name: torch.zeros_like(value) for name, value in random_weights(config).items() if "layers.0" in name
+    }
+    layer = {name: value + 1.0 if "norm" in name else value for name, value in layer.items()}
+    config = replace(config, layers=config.layers[:1])
+    size = config.hidden_size
+    fuse = torch.zeros(size, 2 * size)
+    for word in range(NUM_WORDS):
+        if from_token:
+            fuse[word, word] = size**0.5
+        else:
+            fuse[following(word), size + word] = 1.0
+    return FusingHead(take_layers(config, layer, around.ops), around.model, (NORMED,), fuse)
 
 
 def surroundings(

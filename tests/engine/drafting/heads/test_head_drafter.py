@@ -11,14 +11,11 @@ import torch
 from engine.checkpoint import locate
 from engine.drafting.draft_kv import TREE_SLOTS, DraftKV
 from engine.drafting.guess import NO_GUESS, Seen, Want
-from engine.drafting.heads import eagle, head_drafter, mtp
+from engine.drafting.heads import catching_up, eagle, mtp
 from engine.drafting.heads.head_drafter import HeadDrafter
-from engine.drafting.heads.head_layers import take_layers
-from engine.drafting.heads.heads import FusingHead
 from engine.drafting.heads.waiting_features import WaitingFeatures
 from engine.drafting.kinds import NUM_CHANCES, NUM_KINDS
 from engine.messages import Submit
-from engine.models.transformer import NORMED
 from engine.weights.loader import load_weights
 from tests.engine.drafting.eager import eager
 from tests.engine.drafting.heads.head_checks import (
@@ -39,9 +36,8 @@ from tests.engine.drafting.heads.head_definitions import (
 )
 from tests.engine.drafting.heads.targets import (
     CHAIN,
-    NUM_WORDS,
     chain_weights,
-    following,
+    knowing_head,
     sequence,
     surroundings,
 )
@@ -217,24 +213,6 @@ def test_a_target_that_brings_its_head_along(tmp_path):
 # A chain's target knows the next word by the last one alone, and its hidden states are those words.
 
 
-def chain_head(around, from_token):
-    """A head that knows the next hidden states by the token behind its place, or by those of its place."""
-    config = around.model.config
-    layer = {
-        name: torch.zeros_like(value) for name, value in random_weights(config).items() if "layers.0" in name
-    }
-    layer = {name: value + 1.0 if "norm" in name else value for name, value in layer.items()}
-    config = replace(config, layers=config.layers[:1])
-    size = config.hidden_size
-    fuse = torch.zeros(size, 2 * size)
-    for word in range(NUM_WORDS):
-        if from_token:
-            fuse[word, word] = size**0.5
-        else:
-            fuse[following(word), size + word] = 1.0
-    return FusingHead(take_layers(config, layer, around.ops), around.model, (NORMED,), fuse)
-
-
 @pytest.mark.parametrize(
     ("from_token", "sureness", "sampling"),
     [
@@ -245,7 +223,7 @@ def chain_head(around, from_token):
 )
 def test_a_head_that_knows_the_target_is_right_at_any_temperature(from_token, sureness, sampling):
     def drafters(around):
-        head = chain_head(around, from_token)
+        head = knowing_head(around, from_token)
         return {"eagle": HeadDrafter(head, DraftKV.beside(around, head.config, FREE_BYTES), around, 0.01)}
 
     fields = {"max_tokens": 80, **sampling}
@@ -282,7 +260,7 @@ def words(count, seq_id=1):
 
 def test_long_prompts_are_read_over_several_guesses(small, monkeypatch):
     drafter, definition = small
-    monkeypatch.setattr(head_drafter, "CATCH_UP_ROWS", 20)
+    monkeypatch.setattr(catching_up, "CATCH_UP_ROWS", 20)
     long, short = words(46), words(9, 2)
     show(drafter, definition.model, long)
     show(drafter, definition.model, short)
