@@ -17,13 +17,20 @@ from engine.drafting.kinds import NUM_CHANCES, NUM_KINDS
 from engine.messages import Submit
 from scheduler.invariants import check, check_empty
 from tests.engine.drafting.eager import eager
-from tests.engine.drafting.heads.targets import CHAIN, NUM_WORDS, chain_head, chain_weights, knowing_head
+from tests.engine.drafting.heads.targets import (
+    CHAIN,
+    NUM_WORDS,
+    chain_head,
+    chain_weights,
+    following,
+    knowing_head,
+)
 from tests.engine.tiny import CPU, SETTINGS, abort, core_around, request, run
 
 GREEDY = {"temperature": 0.0}
 DRAWN = {"temperature": 1.3, "top_p": 0.95, "presence_penalty": 0.3}
 SURENESS = {False: 4.0, True: 0.5}  # by whether tokens are drawn
-NUM_REQUESTS = 8
+NUM_REQUESTS = 6
 
 
 class Scattered:
@@ -88,13 +95,12 @@ def first_choices(seen, stood, period=NUM_KINDS):
     return sum(seen[kind] for kind in firsts), sum(stood[kind] for kind in firsts)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("from_token", "sampling"), [(False, GREEDY), (True, GREEDY), (True, DRAWN)])
 def test_who_knows_the_target_is_never_wrong(seed, from_token, sampling):
     rng = random.Random(seed)
     weights = lambda: chain_weights(SURENESS[sampling is DRAWN])  # noqa: E731
-    plain = run(core_around(CHAIN, weights(), SETTINGS), *requests(random.Random(seed), sampling))
-    texts = {key: one.tokens for key, one in plain.items()}
+    texts = plain_texts(requests(random.Random(seed), sampling), weights(), sampling)
 
     def drafters(around):
         head = knowing_head(around, from_token)
@@ -112,7 +118,7 @@ def test_who_knows_the_target_is_never_wrong(seed, from_token, sampling):
     told = told_with_aborts(core, requests(random.Random(seed), sampling, method="speculative"), rng)
     for key, tokens in told.items():
         assert tokens == texts[key][: len(tokens)]
-    assert sum(map(len, told.values())) > 300
+    assert sum(map(len, told.values())) > 200
     head, scattered = core.speculation.drafters["head"], core.speculation.drafters["scattered"]
     assert scattered.num_kept > 30
     seen, stood = first_choices(dict(enumerate(head.standing._seen)), dict(enumerate(head.standing._stood)))
@@ -124,6 +130,19 @@ def test_who_knows_the_target_is_never_wrong(seed, from_token, sampling):
     assert not head.waiting._progress
     assert not head._trees
     assert head.kv.num_free_blocks == head.kv.num_blocks
+
+
+def plain_texts(asked, weights, sampling):
+    if sampling is GREEDY:
+        return {
+            (one.request_id, index): [
+                following(one.prompt_ids[-1], count + 1) for count in range(one.sampling.max_tokens)
+            ]
+            for one in asked
+            for index in range(one.num_choices)
+        }
+    heard = run(core_around(CHAIN, weights, SETTINGS), *asked)
+    return {key: one.tokens for key, one in heard.items()}
 
 
 def told_with_aborts(core, asked, rng):
