@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cuda_kernels.reference_attention import KEY_BLOCK
 from engine.checkpoint import locate
 from engine.drafting.draft_kv import TREE_SLOTS, DraftKV
-from engine.drafting.guess import NO_GUESS, Seen, Want
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, Seen, Want
 from engine.drafting.heads import catching_up, eagle, mtp
 from engine.drafting.heads.head_drafter import HeadDrafter
 from engine.drafting.heads.waiting_features import WaitingFeatures
@@ -264,9 +265,34 @@ def test_long_prompts_are_read_over_several_guesses(small, monkeypatch):
     long, short = words(46), words(9, 2)
     show(drafter, definition.model, long)
     show(drafter, definition.model, short)
-    found = [[bool(one.tokens) for one in guess(drafter, long, short)] for _ in range(3)]
-    assert found == [[False, True], [False, True], [True, True]]
+    found = [guess(drafter, long, short) for _ in range(3)]
+    assert [bool(one.tokens) for _, one in found] == [True, True, True]
+    assert [one is CATCHING_UP for one, _ in found] == [True, True, False]
     assert assert_defined(drafter, definition, long) > 8
+
+
+def test_who_reads_much_gets_its_drafts_with_the_next_guess(small, monkeypatch):
+    """All guesses that say something take about as long."""
+    drafter, definition = small
+    monkeypatch.setattr(catching_up, "LONG", 30)
+    long, short = words(32), words(31, 2)
+    show(drafter, definition.model, long)
+    show(drafter, definition.model, short)
+    first, second = guess(drafter, long, short), guess(drafter, long, short)
+    assert [one is CATCHING_UP for one in (*first, *second)] == [True, False, False, False]
+    assert assert_defined(drafter, definition, long) > 8
+    assert assert_defined(drafter, definition, short) > 8
+
+
+def test_a_tree_may_lie_across_two_blocks_of_keys(small):
+    drafter, definition = small
+    one = words(KEY_BLOCK - 10)
+    show(drafter, definition.model, one)
+    assert guess(drafter, one, limit=32)[0].tokens
+    _, tree = drafter._trees[1]
+    assert len(tree.computed) > 20
+    assert not tree.is_line
+    assert assert_defined(drafter, definition, one) > 30
 
 
 def test_who_makes_too_much_wait_starts_anew(small):
