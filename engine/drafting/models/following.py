@@ -42,12 +42,14 @@ class Stretch(NamedTuple):
 
 class Following:
     """`max_len`: tokens that the draft model can have behind it; `num_known`: how many different ones it
-    knows, from 0 on. Of the target's further ones each is to it the last that it knows."""
+    knows, from 0 on. Of the target's further ones each is to it the last that it knows. `behind`: those of
+    the latest call that are still being read, or wait for their turn to be; later they get drafts."""
 
     def __init__(self, kv: DraftKV, max_len: int, num_known: int) -> None:
         self.kv = kv
         self.max_len = max_len
         self.num_known = num_known
+        self.behind: set[int] = set()
         self._trees: dict[int, tuple[int, GrowingTree]] = {}  # planted behind so many committed tokens
 
     def stretches(self, wants: SequenceOf[Want]) -> list[Stretch]:
@@ -63,16 +65,15 @@ class Following:
         left = CATCH_UP_TOKENS
         for want in able:
             if want.sequence.seq_id in roomy and left:
-                lacks = self._num_lacking(
-                    want
-                )  # by now: it may have lost its pages to another, and got new ones
+                lacks = self._num_lacking(want)  # more than before if it lost its pages, and got new ones
                 num_tokens = len(self.text(want.sequence))
                 start = num_tokens - lacks
                 end = start + min(lacks, left)
                 left -= end - start
                 limit = min(want.limit, TREE_SLOTS)
-                catches_up = end == num_tokens and lacks <= LONG
+                catches_up = end == num_tokens and lacks <= LONG and self.is_read(want.sequence)
                 found.append(Stretch(want, start, end, limit, catches_up))
+        self.behind = roomy - {stretch.seq_id for stretch in found if stretch.catches_up}
         return found
 
     def piece(self, stretch: Stretch, masks: tuple[int, ...] = ()) -> DraftPiece:
@@ -111,6 +112,10 @@ class Following:
     def text(self, sequence: Sequence) -> SequenceOf[int]:
         """The committed tokens as the draft model reads them."""
         return sequence.tokens
+
+    def is_read(self, sequence: Sequence) -> bool:
+        """Whether that is all of them."""
+        return True
 
     def named(self, token: int) -> int:
         """A draft as the draft model reads it."""

@@ -66,7 +66,7 @@ class Pard:
             self.draft.kv.crop(stretch.seq_id, stretch.end)
         ready = [stretch for stretch in stretches if stretch.catches_up]
         levels = self._levels(ready, logits)
-        guesses = dict.fromkeys((stretch.seq_id for stretch in stretches), CATCHING_UP)
+        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
         guesses |= {
             stretch.seq_id: self.trees.grow(stretch.want.sequence, found, stretch.limit, spreads=True)
             for stretch, found in zip(ready, levels, strict=True)

@@ -67,7 +67,7 @@ class SmallModel:
                 break
             pieces = [self.following.nodes(seq_id, members) for seq_id, members in nodes.items()]
             self._grow(trees, nodes, ready, self.draft.logits(pieces))
-        guesses = dict.fromkeys((stretch.seq_id for stretch in stretches), CATCHING_UP)
+        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
         guesses |= {seq_id: tree.guess() for seq_id, tree in trees.items()}
         return [guesses.get(want.sequence.seq_id, NO_GUESS) for want in wants]
 

@@ -29,16 +29,18 @@ class Alignment:
         self.tokens: list[int] = [] if draft.bos is None else [draft.bos]
         self.num_fixed = len(self.tokens)
         self.open_from = 0  # the target's token that the last segment begins with
-        self._num_read = 0  # of the target's tokens
+        self.num_read = 0  # of the target's tokens
         self._begins = True  # no text stands before the open segment
 
-    def follow(self, committed: SequenceOf[int]) -> None:
-        """All of the target's tokens; those of the call before have only been added to."""
-        for at in range(self._num_read, len(committed)):
+    def follow(self, committed: SequenceOf[int], most: int | None = None) -> None:
+        """All of the target's tokens; those of the call before have only been added to. No more than `most`
+        are read now."""
+        end = len(committed) if most is None else min(len(committed), self.num_read + most)
+        for at in range(self.num_read, end):
             self._read(committed, at)
-        self._num_read = len(committed)
+        self.num_read = end
         del self.tokens[self.num_fixed :]
-        self.tokens += self._encoded(committed[self.open_from :])
+        self.tokens += self._encoded(committed[self.open_from : end])
 
     def spelled(self, committed: SequenceOf[int], raw: bytes) -> list[int]:
         """The draft model goes on with these bytes -> how the target may spell them (string-level matching:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 
+READ_TOKENS = 1024  # of the target are spelled anew with one guess at most, over all sequences
+
+
 class FollowingText(Following):
     """`num_known`: rows of the draft model."""
 
@@ -44,10 +47,21 @@ class FollowingText(Following):
         self._said: dict[int, list[int]] = {}  # tokens of the draft model behind its text, computed as well
 
     def stretches(self, wants: SequenceOf[Want]) -> list[Stretch]:
-        return super().stretches([want for want in wants if self._follow(want.sequence)])
+        """Of a long text a part is read, those of which least is unread first."""
+        left = READ_TOKENS
+        readable: list[Want] = []
+        for want in sorted(wants, key=self._num_unread):
+            num_unread = self._num_unread(want)
+            if self._follow(want.sequence, left):
+                readable.append(want)
+            left -= min(left, num_unread)
+        return super().stretches(readable)
 
     def text(self, sequence: Sequence) -> SequenceOf[int]:
         return self.alignments[sequence.seq_id].tokens
+
+    def is_read(self, sequence: Sequence) -> bool:
+        return self.alignments[sequence.seq_id].num_read == len(sequence.tokens)
 
     def named(self, token: int) -> int:
         return self.shared.draft_of(token)
@@ -72,16 +86,23 @@ class FollowingText(Following):
     def _settle(self, wants: SequenceOf[Want]) -> None:
         """Each was settled when its text was read."""
 
-    def _follow(self, sequence: Sequence) -> bool:
-        """Read on; what is in the KV of tokens that the text has not is given up. Whether it can be read."""
+    def _num_unread(self, want: Want) -> int:
+        alignment = self.alignments.get(want.sequence.seq_id)
+        return len(want.sequence.tokens) - (alignment.num_read if alignment is not None else 0)
+
+    def _follow(self, sequence: Sequence, most: int) -> bool:
+        """Read on; what is in the KV of tokens that the text has not is given up. Whether the draft model can
+        read it."""
         seq_id = sequence.seq_id
         alignment = self.alignments.get(seq_id)
         if alignment is None:
             alignment = self.alignments[seq_id] = Alignment(*self.spellers)
         fixed = alignment.num_fixed
+        if fixed > self.max_len:
+            return False
         held = [*alignment.tokens[fixed:], *self._stood(sequence)]
         try:
-            alignment.follow(sequence.tokens)
+            alignment.follow(sequence.tokens, most)
         except CheckpointError:  # of the tokeniser's library
             self.release(seq_id)
             return False

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.drafting.growing_tree import GrowingTree
-from engine.drafting.guess import NO_GUESS, ROOT
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, ROOT
 from engine.drafting.models.draft_model import DraftModel, Successors, load_draft_model, pass_cost
 from engine.drafting.models.small_model import MAX_PASSES, SmallModel
 from engine.drafting.vocabularies.following_text import FollowingText
@@ -139,7 +139,8 @@ class OtherVocabulary:
             logits = self.draft.logits(
                 [self.following.say(speech.stretch, speech.tokens) for speech in speaking]
             )
-        return {speech.stretch.seq_id: self._spelled(speech).guess() for speech in speeches}
+        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
+        return guesses | {speech.stretch.seq_id: self._spelled(speech).guess() for speech in speeches}
 
     def _speak(self, speeches: list[_Speech], logits: torch.Tensor) -> None:
         """One more token for each, of its row; none where that is no token, or where numbers went wrong."""

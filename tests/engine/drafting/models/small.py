@@ -9,6 +9,7 @@ import torch
 from cuda_kernels.ops import pick
 from engine.drafting.draft_kv import DraftKV, DraftPiece
 from engine.drafting.guess import ROOT, Guess
+from engine.drafting.kinds import NUM_CHANCES, NUM_KINDS
 from engine.drafting.models.draft_model import DraftModel
 from engine.drafting.models.following import Following
 from engine.drafting.models.pard import Pard
@@ -22,6 +23,7 @@ from tests.engine.tiny import CPU, TINY, random_weights
 
 if TYPE_CHECKING:
     from engine.drafting.guess import Drafter
+    from engine.drafting.standing import Standing
     from engine.drafting.surroundings import Surroundings
     from engine.models.config import TransformerConfig
 
@@ -93,6 +95,13 @@ def paths(guess: Guess) -> list[tuple[int, ...]]:
     assert len(set(found)) == len(found), "siblings are alike"
     assert len(guess.kinds) == len(guess.beliefs) == len(guess.tokens)
     return found
+
+
+def drafts_stood(standing: Standing, *, drawn: bool) -> tuple[float, float]:
+    """Of the first choices for their places, behind drafts that stood: how many stood, of how many."""
+    first = NUM_KINDS * drawn
+    kinds = range(first, first + NUM_CHANCES)
+    return sum(standing._stood[k] for k in kinds), sum(standing._seen[k] for k in kinds)
 
 
 def beside(around: Surroundings, model: Transformer, free_bytes: int = 2**26) -> tuple[DraftModel, Following]:

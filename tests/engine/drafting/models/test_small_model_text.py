@@ -8,21 +8,20 @@ from functools import partial
 import pytest
 
 from engine.drafting.draft_kv import DraftKV
-from engine.drafting.kinds import NUM_CHANCES, NUM_KINDS
 from engine.drafting.models import following
 from engine.drafting.models.draft_model import DraftModel
 from engine.drafting.models.following import Following
 from engine.drafting.models.small_model import SmallModel
 from engine.messages import Submit
 from tests.engine.drafting.eager import eager
-from tests.engine.drafting.models.small import beside, own_model, random_models, transformer
+from tests.engine.drafting.models.small import beside, drafts_stood, own_model, random_models, transformer
 from tests.engine.drafting.test_speculative_text import PROMPTS, SAMPLINGS, told
 from tests.engine.tiny import TINY, abort, request, run, tiny_core
 
 
-def asked(method, sampling, **fields):
+def asked(method, sampling, name="r", **fields):
     return [
-        request(f"r{n}", prompt, method=method, max_tokens=24, logprobs=1, seed=n, **sampling, **fields)
+        request(f"{name}{n}", prompt, method=method, max_tokens=24, logprobs=1, seed=n, **sampling, **fields)
         for n, prompt in enumerate(PROMPTS)
     ]
 
@@ -33,19 +32,14 @@ def plain():
     return {name: told(core, asked("autoregressive", sampling)) for name, sampling in SAMPLINGS.items()}
 
 
-def drafts_stood(drafter, *, drawn: bool) -> tuple[float, float]:
-    """Of the likeliest drafts for their places, behind drafts that stood: how many stood, of how many."""
-    first = NUM_KINDS * drawn
-    kinds = range(first, first + NUM_CHANCES)
-    return sum(drafter.standing._stood[k] for k in kinds), sum(drafter.standing._seen[k] for k in kinds)
-
-
 @pytest.mark.parametrize("name", SAMPLINGS)
-@pytest.mark.parametrize("drafter", ["model", "pard"])
-def test_models_that_know_nothing_change_nothing(name, drafter, plain):
+def test_models_that_know_nothing_change_nothing(name, plain):
     core = eager(tiny_core(drafters=random_models))
+    expected = plain[name] | {("p" + key[1:], index): one for (key, index), one in plain[name].items()}
     for _ in range(2 if name == "hot" else 1):  # the second time with prefix hits
-        assert told(core, asked("speculative", SAMPLINGS[name], drafter=drafter)) == plain[name]
+        together = asked("speculative", SAMPLINGS[name], drafter="model")
+        together += asked("speculative", SAMPLINGS[name], "p", drafter="pard")
+        assert told(core, together) == expected
     assert_empty(core)
 
 
@@ -53,7 +47,7 @@ def test_models_that_know_nothing_change_nothing(name, drafter, plain):
 def test_the_target_as_its_own_drafter_changes_nothing_and_is_nearly_always_right(name, plain):
     core = eager(tiny_core(drafters=own_model))
     assert told(core, asked("speculative", SAMPLINGS[name], drafter="model")) == plain[name]
-    stood, seen = drafts_stood(core.speculation.drafters["model"], drawn=name != "greedy")
+    stood, seen = drafts_stood(core.speculation.drafters["model"].standing, drawn=name != "greedy")
     assert seen > 20
     assert stood >= 0.97 * seen
     assert_empty(core)
@@ -61,10 +55,10 @@ def test_the_target_as_its_own_drafter_changes_nothing_and_is_nearly_always_righ
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, SAMPLINGS["hot"]], ids=["greedy", "hot"])
 def test_the_target_as_its_own_drafter_takes_few_steps(sampling):
-    fields = {"max_tokens": 200, "method": "speculative", "drafter": "model"}
+    fields = {"max_tokens": 100, "method": "speculative", "drafter": "model"}
     core = eager(tiny_core(drafters=own_model))
     run(core, request("a", PROMPTS[0], **fields, **sampling))
-    assert core.scheduler._num_steps < 60, "200 tokens, and a few steps until the chances are known"
+    assert core.scheduler._num_steps < 35, "100 tokens, and a few steps until the chances are known"
 
 
 @pytest.mark.parametrize(

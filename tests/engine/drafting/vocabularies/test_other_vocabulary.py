@@ -11,9 +11,10 @@ import torch
 from cuda_kernels.ops import pick
 from engine.checkpoint import locate
 from engine.drafting.draft_kv import DraftKV
-from engine.drafting.guess import NO_GUESS, Want
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, Want
 from engine.drafting.models import following
 from engine.drafting.models.draft_model import DraftModel
+from engine.drafting.vocabularies import following_text
 from engine.drafting.vocabularies.other_vocabulary import OtherVocabulary, load
 from engine.drafting.vocabularies.vocabulary_map import VocabularyMap
 from engine.messages import Submit
@@ -21,6 +22,7 @@ from engine.models.transformer import Transformer
 from engine.weights.errors import CheckpointError
 from tests.engine.drafting.eager import eager
 from tests.engine.drafting.heads.targets import sequence, surroundings
+from tests.engine.drafting.models.small import drafts_stood
 from tests.engine.drafting.test_speculative_text import told
 from tests.engine.drafting.vocabularies.vocabularies import TEXTS, bytes_in_any_order, spellers, trained
 from tests.engine.tiny import CPU, SETTINGS, TINY, abort, core_around, random_weights, request
@@ -68,11 +70,11 @@ def core_of(target, draft, make=drafter, **settings):
     return eager(core)
 
 
-def asked(target, sampling, **fields):
+def asked(target, sampling, max_tokens=12, **fields):
     prompts = [target.encode(text.encode()[:40], begins=True) for text in TEXTS[:3]]
     prompts[1] = [*prompts[1], *target.special.values(), *target.encode(b"\xf0\x9f\x99", begins=False)]
     return [
-        request(f"r{n}", prompt, max_tokens=12, seed=n, logprobs=1, **sampling, **fields)
+        request(f"r{n}", prompt, max_tokens=max_tokens, seed=n, logprobs=1, **sampling, **fields)
         for n, prompt in enumerate(prompts)
     ]
 
@@ -106,24 +108,14 @@ def test_also_where_pages_places_or_tokens_are_few(settings):
 def test_the_same_model_behind_a_permuted_vocabulary_is_right(name):
     target, draft = spellers()["bytes"], bytes_in_any_order(7)
     core = core_of(target, draft, permuted)
-    verified = []
-    learn = core.speculation.learn
-
-    def noted(plan, outcomes):
-        found = learn(plan, outcomes)
-        verified.extend((one.num_drafts, len(one.accepted)) for of_one in found.values() for one in of_one)
-        return found
-
-    core.speculation.learn = noted
     fields = {"method": "speculative", "drafter": "model", "max_draft_tokens": 4}
-    assert told(core, asked(target, SAMPLINGS[name], **fields)) == told(core, asked(target, SAMPLINGS[name]))
-    assert len(verified) > 5
-    drafts, accepted = map(sum, zip(*verified, strict=True))
-    if name == "greedy":
-        assert accepted == drafts, "it says what the target says, a token a draft"
-    else:
-        assert accepted > 0.5 * drafts, "of a tree's four drafts two or three stand"
-        assert all(stood for _, stood in verified)
+    expected = told(core, asked(target, SAMPLINGS[name], max_tokens=24))
+    assert told(core, asked(target, SAMPLINGS[name], max_tokens=24, **fields)) == expected
+    standing = core.speculation.drafters["model"]._mapped.standing
+    stood, seen = drafts_stood(standing, drawn=SAMPLINGS[name]["temperature"] > 0.0)
+    # A step commits at most four drafts and a token behind them; what the last steps had is not looked at.
+    assert seen >= 3 * (24 - 1 - 5) / 2
+    assert stood >= 0.97 * seen, "what it would say itself is what the target says"
 
 
 def test_an_aborted_request_leaves_nothing_behind():
@@ -166,10 +158,35 @@ def test_a_long_text_is_caught_up_with_in_parts(monkeypatch):
     made = drafter(around_of(target), target, draft)
     one = sequence(target.encode(" ".join(TEXTS[:1] * 3).encode(), begins=True), temperature=0.0)
     guesses = [made.guess([Want(one, 4)])[0] for _ in range(8)]
-    assert guesses[0] == NO_GUESS
+    assert guesses[0] is CATCHING_UP
     assert guesses[-1].tokens
     one.tokens += one.tokens * 10
     assert made.guess([Want(one, 4)]) == [NO_GUESS], "longer than the draft model can have it"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_long_text_is_spelled_in_parts_and_others_do_not_wait(temperature, monkeypatch):
+    target, draft = spellers()["coarse"], spellers()["fine"]
+    long, short = (
+        sequence(target.encode(text.encode(), begins=True), number, temperature=temperature)
+        for number, text in enumerate((" ".join(TEXTS), TEXTS[0]))
+    )
+    at_once = drafter(around_of(target), target, draft)
+    at_once.guess([Want(long, 4)])
+    (expected,) = at_once.guess([Want(long, 4)])
+    monkeypatch.setattr(following_text, "READ_TOKENS", 40)
+    made = drafter(around_of(target), target, draft)
+    for number in range(1, 20):
+        guess, other = made.guess([Want(long, 4), Want(short, 4)])
+        left = number * 40 - len(short.tokens)
+        assert bool(other.tokens) == (left >= 0)
+        if guess.tokens:
+            break
+        assert guess is CATCHING_UP or (left <= 0 and guess is NO_GUESS)
+        alignment = made.following.alignments.get(0)
+        assert (alignment.num_read if alignment else 0) == max(0, min(left, len(long.tokens)))
+    assert guess == expected
+    assert left > len(long.tokens) - 40
 
 
 def saying(around, target, draft, token):
