@@ -110,7 +110,8 @@ def read_taps(folder: Path, config_json: Mapping[str, Any], num_layers: int) -> 
     Raises CheckpointError.
 
     Beside the other fields an id names the layer whose input is read (vLLM, speculators); within
-    `eagle_config` the one whose output is (SGLang, ModelOpt).
+    `eagle_config` the one whose output is (SGLang, ModelOpt). In whatever order they are written, the states
+    lie in that of the layers.
     """
     fields = Fields(f"{folder}: config.json", config_json)
     nested = fields.within("eagle_config")
@@ -127,7 +128,7 @@ def read_taps(folder: Path, config_json: Mapping[str, Any], num_layers: int) -> 
         return (2, num_layers // 2, num_layers - 3)
     if not isinstance(written, list | tuple) or len(written) > _MAX_TAPS:
         raise place.unsupported(name, written)
-    taps = tuple(one + shift if type(one) is int else -1 for one in written)
+    taps = tuple(sorted(one + shift if type(one) is int else -1 for one in written))
     if not all(0 <= tap <= num_layers for tap in taps):
         raise place.unsupported(name, written, f": the model has {num_layers} layers")
     return taps

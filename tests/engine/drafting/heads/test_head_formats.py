@@ -144,6 +144,7 @@ def test_without_room_for_its_kv(around, tmp_path):
         (32, {}, (2, 16, 29)),
         (36, {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 17, 32]}}, (2, 18, 33)),
         (36, {"eagle_aux_hidden_state_layer_ids": [2, 18, 33]}, (2, 18, 33)),
+        (36, {"eagle_aux_hidden_state_layer_ids": [18, 36, 2]}, (2, 18, 36)),
         (36, {"eagle_aux_hidden_state_layer_ids": []}, (2, 18, 33)),
         (36, {"eagle_config": {"use_aux_hidden_state": False}}, ()),
     ],
