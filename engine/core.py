@@ -53,7 +53,7 @@ class EngineCore:
         self.step_times = StepTimes(scheduler.costs)
         draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
         everyone = light_drafters(vocab_size) | dict(drafters)
-        self.speculation = Speculation(scheduler, draft_costs, everyone, runner.tree_block)
+        self.speculation = Speculation(scheduler, draft_costs, everyone, vocab_size, runner.tree_block)
         runner.taps = self.speculation.taps
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0

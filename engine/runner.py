@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 class Computed(NamedTuple):
     """What drafters learn from a slice; see `engine.drafting.guess.Seen`. The tensors live as long as the
-    step."""
+    step. `draws`: None where the slice ends before the last committed token."""
 
     features: tuple[torch.Tensor, ...]
-    drawn: tuple[int, ...] = ()
+    draws: Draws | None = None
     kept: tuple[int, ...] = ()
-    logits: torch.Tensor | None = None
 
 
 class Outcome(NamedTuple):
@@ -188,7 +187,7 @@ class Runner:
             num_valid=known + len(decision.kept),
             window=self._bounded(sequence, decision),
         )
-        seen = Computed(work.features, tokens, decision.kept, draws.logits)
+        seen = Computed(work.features, draws, decision.kept)
         return Outcome(advance, _logprobs(sequence, draws, decision), scored, seen=seen)
 
     def _method(self, sequence: Sequence) -> DecodingMethod:

@@ -104,6 +104,11 @@ class NgramIndex:
         return dict(sorted(found.items(), key=lambda entry: -len(entry[1])))
 
 
+def founded_of(kind: int) -> int:
+    """Of a draft's kind: the longer the common ending, the greater."""
+    return kind // (_NUM_SHARES * _NUM_DEPTHS)
+
+
 def _kind(founded: int, depth: int, share: float) -> int:
     by_share = 0 if share == 1.0 else 1 if share >= 0.5 else 2
     by_depth = 0 if depth == 0 else 1 if depth < 4 else 2

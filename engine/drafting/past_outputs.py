@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from engine.drafting.guess import NO_GUESS
-from engine.drafting.ngrams import NgramIndex
+from engine.drafting.ngrams import NgramIndex, founded_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -34,11 +34,11 @@ class PastOutputs:
 
     def _guess(self, want: Want) -> Guess:
         """Of the salt's parts the one in which the longest ending was found, the newest of a tie."""
-        best = NO_GUESS
+        best, best_founded = NO_GUESS, 0
         for index in self._stores.get(want.sequence.request.cache_salt, ()):
             found = index.guess(want.sequence.tokens, want.limit, stop=SEPARATOR)
-            if found.tokens and (not best.tokens or found.kinds[0] >= best.kinds[0]):
-                best = found
+            if found.tokens and (founded := founded_of(found.kinds[0])) >= best_founded:
+                best, best_founded = found, founded
         return best
 
     def observe(self, seen: SequenceOf[Seen]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from engine.drafting import AUTO, LIGHT
 from engine.drafting.acceptance import Acceptance
 from engine.drafting.draft_tree import DraftTree, Proposal
-from engine.drafting.guess import CATCHING_UP, Seen, Want
+from engine.drafting.guess import CATCHING_UP, ROOT, Seen, Want
 from engine.drafting.yields import Yields
 from scheduler.speculation import Candidate, grant, may_pay
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from engine.drafting.costs import DraftCosts
-    from engine.drafting.guess import Drafter
+    from engine.drafting.guess import Drafter, Guess
     from engine.messages import Verified
     from engine.runner import Outcome
     from scheduler.plan import StepPlan
@@ -42,7 +42,8 @@ TOGETHER = "light"  # those drafters that cost next to nothing, as one source
 
 
 class Offer(NamedTuple):
-    """A sequence that somebody was asked to draft for before this step, and what was offered of it."""
+    """A sequence that somebody was asked to draft for before this step, and what was offered of it.
+    `sources`: those whose worth shows in what stands; who still read its text are not among them."""
 
     tree: DraftTree
     sources: tuple[str, ...]
@@ -53,11 +54,17 @@ class Speculation:
     """`tree_block`: a window that is a tree must lie within one block of so many slots."""
 
     def __init__(
-        self, scheduler: Scheduler, costs: DraftCosts, drafters: Mapping[str, Drafter], tree_block: int
+        self,
+        scheduler: Scheduler,
+        costs: DraftCosts,
+        drafters: Mapping[str, Drafter],
+        vocab_size: int,
+        tree_block: int,
     ) -> None:
         self.scheduler = scheduler
         self.costs = costs
         self.drafters = drafters
+        self.vocab_size = vocab_size
         self.tree_block = tree_block
         self.acceptance = Acceptance()
         self.yields = Yields()
@@ -105,7 +112,7 @@ class Speculation:
                     sources[seq_id].append(source)
         self._met.update(ready)
         for seq_id, names in sources.items():
-            if names:
+            if names or proposals[seq_id]:
                 self._asked[seq_id] = Offer(DraftTree(proposals[seq_id]), tuple(names))
         within = {
             seq_id: offer.tree.within(self._tree_room(ready[seq_id])) for seq_id, offer in self._asked.items()
@@ -131,11 +138,13 @@ class Speculation:
         if not wants or name in self.failed:
             return behind
         try:
-            guesses = self.drafters[name].guess(wants)
+            asked = list(zip(wants, self.drafters[name].guess(wants), strict=True))
+            for want, guess in asked:
+                self._check(want, guess)
         except Exception:
             self._give_up(name)
             return behind
-        for want, guess in zip(wants, guesses, strict=True):
+        for want, guess in asked:
             seq_id = want.sequence.seq_id
             if guess is CATCHING_UP:
                 behind.add(seq_id)
@@ -144,13 +153,25 @@ class Speculation:
                 proposals[seq_id].append(Proposal(name, guess, chances))
         return behind
 
+    def _check(self, want: Want, guess: Guess) -> None:
+        """What is no tree of so many tokens would break the step of all."""
+        if len(guess.tokens) > want.limit:
+            raise ValueError(f"{len(guess.tokens)} drafts where {want.limit} are wanted")
+        if guess.tokens and not 0 <= min(guess.tokens) <= max(guess.tokens) < self.vocab_size:
+            raise ValueError(f"drafts outside the vocabulary: {guess.tokens}")
+        lengths = {len(guess.tokens), len(guess.parents), len(guess.kinds), len(guess.beliefs)}
+        if len(lengths) > 1 or not all(ROOT <= above < at for at, above in enumerate(guess.parents)):
+            raise ValueError(f"drafts that are no tree: {guess}")
+
     def _limit(self, sequence: Sequence) -> int:
         asked = sequence.request.max_draft_tokens or MAX_DRAFTS
         return min(MAX_DRAFTS, asked, self.scheduler.most_drafts(sequence))
 
     def _tree_room(self, sequence: Sequence) -> int:
-        left = self.tree_block - len(sequence.tokens) % self.tree_block
-        return min(MAX_TREE, left)
+        """Nodes: of all drafters together no more than the request allows, the block or the context holds."""
+        in_block = self.tree_block - len(sequence.tokens) % self.tree_block
+        in_context = self.scheduler.max_model_len - len(sequence.tokens)
+        return min(MAX_TREE, sequence.request.max_draft_tokens or MAX_TREE, in_block, in_context)
 
     # After a step
 
@@ -165,8 +186,8 @@ class Speculation:
             sequence = self.scheduler.sequence(piece.seq_id)
             if computed is None or sequence.request.method != METHOD:
                 continue
-            offer = self._asked.get(piece.seq_id)
-            if offer is None and not (computed.drawn or self.taps):
+            offer, draws = self._asked.get(piece.seq_id), computed.draws
+            if offer is None and draws is None and not self.taps:
                 continue
             parents = sequence.window.parents if piece.num_window else ()
             seen.append(
@@ -175,10 +196,10 @@ class Speculation:
                     piece.start,
                     piece.tokens,
                     parents,
-                    computed.drawn,
+                    draws.tokens if draws is not None else (),
                     computed.kept,
                     computed.features,
-                    computed.logits,
+                    draws.logits if draws is not None else None,
                 )
             )
             if offer is not None and len(offer.drafts) == piece.num_window:
@@ -202,7 +223,8 @@ class Speculation:
             guess, right = offer.tree.part_of(number, drafts, stood)
             self.acceptance.note(seq_id, proposal.drafter, guess, right)
             source = TOGETHER if proposal.drafter in LIGHT else proposal.drafter
-            counts[source] = max(counts[source], len(right))
+            if source in counts:
+                counts[source] = max(counts[source], len(right))
         return counts
 
     def _show(self, seen: list[Seen]) -> None:
@@ -224,7 +246,10 @@ class Speculation:
                 self._give_up(name)
 
     def _give_up(self, name: str) -> None:
-        """A drafter may cost time, and nothing else: one that raises is not asked again."""
+        """A drafter may cost time, and nothing else: one that raises, or guesses what is no tree, is not
+        asked again."""
+        if name in self.failed:
+            return
         logger.exception("the drafter %s failed: it is not asked any more", name)
         self.failed.add(name)
 
@@ -233,8 +258,11 @@ class Speculation:
         sequence = self._met.pop(seq_id, None)
         if sequence is None:
             return
-        for drafter in self.drafters.values():
-            drafter.release(sequence)
+        for name, drafter in self.drafters.items():
+            try:  # also those that have failed: they still hold something
+                drafter.release(sequence)
+            except Exception:
+                self._give_up(name)
         self.acceptance.release(seq_id)
         self.yields.release(seq_id)
         self._asked.pop(seq_id, None)

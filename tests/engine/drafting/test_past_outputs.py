@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from engine.drafting.guess import Want
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, Want
 from engine.drafting.past_outputs import PastOutputs
-from engine.drafting.prompt_lookup import PromptLookup
+from engine.drafting.prompt_lookup import MAX_INDEXED_AT_ONCE, PromptLookup
 from scheduler.types import Request, Sequence
 
 
@@ -59,3 +59,34 @@ def test_prompts_are_indexed_while_there_is_room_and_again_when_others_have_ende
     lookup.release(first)
     assert lookup.num_tokens == 0
     assert guessed(lookup, second, 2) == (1, 2)
+
+
+def test_of_endings_as_long_the_newest_store_has_it_though_older_places_disagree():
+    past = PastOutputs(max_tokens=40)
+    past.release(sequence([0], [7, 8, 1, 7, 8, 2, 7, 8, 3]))  # fills a part
+    past.release(sequence([0], [7, 8, 6]))
+    assert guessed(past, sequence([50], [7, 8]), 1) == (6,)
+
+
+def test_nobody_waits_for_the_long_prompt_of_another():
+    lookup = PromptLookup()
+    long = sequence(list(range(1000)) * 5, [], number=0)
+    short = sequence([1, 2, 3, 1, 2], [], number=1)
+    wants = [Want(long, 4), Want(short, 4)]
+    for _ in range(2):
+        first, second = lookup.guess(wants)
+        assert first is CATCHING_UP
+        assert second.tokens[:1] == (3,)
+    assert lookup.guess(wants)[0].tokens == (0, 1, 2, 3)
+
+
+def test_prompts_that_are_still_read_count_as_a_whole():
+    lookup = PromptLookup(max_tokens=2 * MAX_INDEXED_AT_ONCE)
+    many = [sequence(list(range(MAX_INDEXED_AT_ONCE)), [], number=number) for number in range(3)]
+    for _ in range(4):
+        guesses = lookup.guess([Want(one, 4) for one in many])
+        assert guesses[2] is NO_GUESS
+    assert sum(len(index.tokens) for index in lookup._indices.values()) == lookup.num_tokens
+    for one in many:
+        lookup.release(one)
+    assert lookup.num_tokens == 0
