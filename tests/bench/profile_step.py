@@ -1,9 +1,10 @@
 """Where a step's time goes with 32 sequences decoding: the Python side, phase by phase, and the arithmetic.
 
-    python -m tests.bench.profile_step [--sequences 32] [--steps 200] [--cprofile]
+    python -m tests.bench.profile_step [--sequences 32] [--steps 200] [--speculative] [--cprofile]
 
-The Python side is everything but the forward pass and the draw: taking the plan, building the arrays,
-decoding methods, applying, reporting, encoding the message. Times are wall clock of one thread.
+The Python side is everything but the forward pass and the draw: guesses and what is learned of them, taking
+the plan, building the arrays, decoding methods, applying, reporting, encoding the message. Times are wall
+clock of one thread.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from scheduler.config import SchedulerConfig
 from scheduler.types import Request, SamplingParams
 
 PROMPT_LEN = 128
-ARITHMETIC = ("forward", "sample")
+ARITHMETIC = ("forward", "head", "sample")
+PHASES = ("offer", "plan", "build", *ARITHMETIC, "learn", "apply", "stats", "rest", "encode", "python side")
 
 
 class Laps:
@@ -57,14 +59,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--speculative", action="store_true", help="every sequence takes drafts")
     parser.add_argument("--cprofile", action="store_true")
     asked = parser.parse_args()
     scheduling = SchedulerConfig(max_num_seqs=asked.sequences, num_pages=8192)
     core = build_engine(EngineConfig(scheduler=scheduling)).core
+    method = "speculative" if asked.speculative else "autoregressive"
     for number in range(asked.sequences):
         prompt = tuple((number * 7919 + place * 104729) % 49000 for place in range(PROMPT_LEN))
         sampling = SamplingParams(temperature=0.0, max_tokens=asked.steps + 64)
-        core.handle(Submit(Request(request_id=f"r{number}", prompt_ids=prompt, sampling=sampling)))
+        request = Request(request_id=f"r{number}", prompt_ids=prompt, sampling=sampling, method=method)
+        core.handle(Submit(request))
     while len(core.step().outputs) < asked.sequences:
         pass  # prompts are still being computed
 
@@ -74,9 +79,12 @@ def main() -> None:
     encode = laps.timed("encode", msgspec.msgpack.Encoder().encode)
     runner = core.runner
     runner.batches.build = laps.timed("build", runner.batches.build)  # type: ignore[method-assign]
-    runner.model.forward = laps.timed("forward", runner.model.forward)  # type: ignore[method-assign]
+    runner.model.compute = laps.timed("forward", runner.model.compute)  # type: ignore[method-assign]
+    runner.model.logits = laps.timed("head", runner.model.logits)  # type: ignore[method-assign]
     runner_module.sample = laps.timed("sample", runner_module.sample)  # type: ignore[assignment]
-    scheduler = core.scheduler
+    scheduler, speculation = core.scheduler, core.speculation
+    speculation.offer = laps.timed("offer", speculation.offer)  # type: ignore[method-assign]
+    speculation.learn = laps.timed("learn", speculation.learn)  # type: ignore[method-assign]
     scheduler.plan = laps.timed("plan", scheduler.plan)  # type: ignore[method-assign]
     scheduler.apply = laps.timed("apply", scheduler.apply)  # type: ignore[method-assign]
     scheduler.stats = laps.timed("stats", scheduler.stats)  # type: ignore[method-assign]
@@ -100,7 +108,7 @@ def report(laps: Laps) -> None:
         arithmetic = sum(lap[name] for name in ARITHMETIC)
         lap["python side"] = lap["whole step"] + lap["encode"] - arithmetic
     print(f"{'phase':<12} {'p50 us':>9} {'p99 us':>9} {'max us':>9}")
-    for name in ("plan", "build", "forward", "sample", "apply", "stats", "rest", "encode", "python side"):
+    for name in PHASES:
         values = sorted(lap.get(name, 0.0) for lap in laps.steps)
         p99 = values[min(len(values) - 1, int(len(values) * 0.99))]
         print(f"{name:<12} {statistics.median(values):>9.0f} {p99:>9.0f} {values[-1]:>9.0f}")
