@@ -106,7 +106,7 @@ class Speculation:
             for name in names:
                 behind |= self._ask(name, [ready[seq_id] for seq_id in asked], proposals)
             seconds = time.perf_counter() - begun_s
-            self.yields.took(source, len(asked), seconds, caught_up=not behind)
+            self.yields.took(source, len(asked), seconds, num_behind=len(behind))
             for seq_id in asked:
                 if seq_id not in behind:
                     sources[seq_id].append(source)

@@ -112,16 +112,18 @@ class Yields:
             return []
         return sorted(surplus, key=surplus.__getitem__)[-PROBED:]
 
-    def took(self, name: str, num_asked: int, seconds: float, *, caught_up: bool = True) -> None:
-        """What asking for so many took. A source that reads a prompt before it can guess (not `caught_up`)
-        does so for all guesses that follow: they bear that time, each a part."""
+    def took(self, name: str, num_asked: int, seconds: float, *, num_behind: int = 0) -> None:
+        """What asking for so many took. A source reads a prompt before it can guess (it is `num_behind` with
+        so many of them) for all guesses that follow: they bear that time, each a part."""
         source = self._sources[name]
-        if caught_up:
+        guessing_s = seconds
+        if num_behind:
+            guessing_s = min(seconds, source.time.expected_s(num_asked)) if num_behind < num_asked else 0.0
+            source.debt_s += seconds - guessing_s
+        if num_behind < num_asked:
             share_s = source.debt_s / BORNE_BY
             source.debt_s -= share_s
-            source.time.note(num_asked, seconds + share_s)
-        else:
-            source.debt_s += seconds
+            source.time.note(num_asked, guessing_s + share_s)
         if not source.is_paying:
             source.rest(self._clock(), seconds)
 

@@ -42,7 +42,7 @@ class Asking:
     def worth_asking(self, name: str, rivals: dict[int, float], tokens_per_s: float) -> list[int]:
         return list(rivals)
 
-    def took(self, name: str, num_asked: int, seconds: float, *, caught_up: bool = True) -> None:
+    def took(self, name: str, num_asked: int, seconds: float, *, num_behind: int = 0) -> None:
         pass
 
     def gained(self, name: str, asked: object) -> None:

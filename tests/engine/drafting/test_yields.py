@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.drafting.yields import SHORTEST_PAUSE, Yields
+from engine.drafting.yields import BORNE_BY, SHORTEST_PAUSE, Yields
 
 RATE = 20.0  # tokens a second
 
@@ -78,6 +78,29 @@ def test_the_time_of_a_call_is_split(fixed_s, each_s):
         count = 1 + number % 8
         yields.took("x", count, fixed_s + each_s * count)
     assert yields._sources["x"].time.fixed_and_each() == pytest.approx((fixed_s, each_s), abs=1e-6)
+
+
+def test_who_guesses_bears_the_time_of_reading_whoever_still_reads():
+    """Prompts come all the time, so that some are always read: that time is in the price too."""
+    yields = Yields(lambda: 0.0)
+    yields.worth_asking("x", {1: 0.0}, RATE)
+    for _ in range(500):
+        yields.took("x", 4, 0.1, num_behind=1)
+    assert yields._sources["x"].time.expected_s(4) == pytest.approx(0.1, rel=0.05)
+    assert yields._sources["x"].debt_s < 0.1 * BORNE_BY
+
+
+def test_one_long_prompt_is_borne_by_many_guesses():
+    yields = Yields(lambda: 0.0)
+    yields.worth_asking("x", {1: 0.0}, RATE)
+    for _ in range(5):
+        yields.took("x", 1, 1.0, num_behind=1)
+    assert yields._sources["x"].time.expected_s(1) == 0.0, "nothing was guessed yet"
+    yields.took("x", 1, 0.01)
+    assert yields._sources["x"].time.expected_s(1) == pytest.approx(0.01 + 5.0 / BORNE_BY)
+    for _ in range(500):
+        yields.took("x", 1, 0.01)
+    assert yields._sources["x"].time.expected_s(1) == pytest.approx(0.01, rel=0.1)
 
 
 def test_nothing_is_kept_of_who_has_ended():
