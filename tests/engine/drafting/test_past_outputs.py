@@ -43,6 +43,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
     past = PastOutputs(max_tokens=400)
     for number in range(100):
         past.release(sequence([0], [1000 + number * 20 + k for k in range(20)], salt=f"s{number % 3}"))
+        past.guess([])
         assert past.num_tokens <= 400
         kept = sum(len(index.tokens) for parts in past._stores.values() for index in parts)
         assert kept == past.num_tokens
@@ -66,6 +67,18 @@ def test_of_endings_as_long_the_newest_store_has_it_though_older_places_disagree
     past.release(sequence([0], [7, 8, 1, 7, 8, 2, 7, 8, 3]))  # fills a part
     past.release(sequence([0], [7, 8, 6]))
     assert guessed(past, sequence([50], [7, 8]), 1) == (6,)
+
+
+def test_long_outputs_are_read_in_parts_and_those_nobody_reads_are_bounded():
+    past = PastOutputs(max_tokens=5000)
+    for number in range(5):
+        past.release(sequence([0], [2000 * number + k for k in range(2000)], number=number))
+    assert past._num_unread == sum(len(tokens) for _, tokens in past._unread) <= 5000
+    assert past.num_tokens == 0, "an end costs nothing"
+    after = sequence([0], [2000 * 4 + 1998])
+    assert [guessed(past, after, 9) for _ in range(3)] == [(), (2000 * 4 + 1999,), (2000 * 4 + 1999,)]
+    assert past._num_unread == 0
+    assert past.num_tokens == sum(len(index.tokens) for parts in past._stores.values() for index in parts)
 
 
 def test_nobody_waits_for_the_long_prompt_of_another():
