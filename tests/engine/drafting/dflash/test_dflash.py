@@ -203,6 +203,17 @@ def test_a_long_prompt_is_taken_in_over_several_guesses_and_lost_pages_begin_ane
     assert drafter.guess(want) == [NO_GUESS]
 
 
+def test_it_drafts_as_far_as_the_target_is_served(tmp_path, around):
+    """Beyond what it was trained for guesses may be worse; there are some."""
+    drafter = drafter_of(tmp_path, BASE | {"max_position_embeddings": 32}, around)
+    sequence = one_sequence(list(range(200)), **GREEDY)
+    drafter.observe([seen(sequence, 0, sequence.tokens, features_of(drafter, 200))])
+    sequence.tokens.append(7)
+    want = [Want(sequence, 5)]
+    assert drafter.guess(want)[0] is CATCHING_UP, "it has read much"
+    assert drafter.guess(want)[0].tokens
+
+
 def test_the_confidence_of_a_place_scales_its_chances(tmp_path, around, monkeypatch):
     config = DSPARK | {"enable_confidence_head": True, "confidence_head_with_markov": True}
     drafter = drafter_of(tmp_path, config, around)
