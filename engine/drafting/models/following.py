@@ -56,7 +56,9 @@ class Following:
         """What to compute now, with room for it and for nodes behind it. A want that has none must wait, or
         is beyond the model."""
         self._settle(wants)
-        able = [want for want in wants if want.limit > 0 and len(self.text(want.sequence)) <= self.max_len]
+        able = [
+            want for want in wants if want.limit > 0 and 0 < len(self.text(want.sequence)) <= self.max_len
+        ]
         able.sort(key=self._num_lacking)
         roomy = self.kv.reserve(
             (want.sequence.seq_id, len(self.text(want.sequence)) + TREE_SLOTS) for want in able

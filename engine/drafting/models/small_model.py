@@ -56,8 +56,9 @@ class SmallModel:
     @torch.inference_mode()
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
         stretches = self.following.stretches(wants)
+        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
         if not stretches:
-            return [NO_GUESS] * len(wants)
+            return [guesses.get(want.sequence.seq_id, NO_GUESS) for want in wants]
         logits = self.draft.logits([self.following.piece(stretch) for stretch in stretches])
         ready = {stretch.seq_id: stretch for stretch in stretches if stretch.catches_up}
         trees = self._planted(list(ready.values()), logits)
@@ -67,7 +68,6 @@ class SmallModel:
                 break
             pieces = [self.following.nodes(seq_id, members) for seq_id, members in nodes.items()]
             self._grow(trees, nodes, ready, self.draft.logits(pieces))
-        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
         guesses |= {seq_id: tree.guess() for seq_id, tree in trees.items()}
         return [guesses.get(want.sequence.seq_id, NO_GUESS) for want in wants]
 

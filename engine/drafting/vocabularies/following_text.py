@@ -55,7 +55,9 @@ class FollowingText(Following):
             if self._follow(want.sequence, left):
                 readable.append(want)
             left -= min(left, num_unread)
-        return super().stretches(readable)
+        found = super().stretches(readable)
+        self.behind.update(want.sequence.seq_id for want in readable if not self.is_read(want.sequence))
+        return found
 
     def text(self, sequence: Sequence) -> SequenceOf[int]:
         return self.alignments[sequence.seq_id].tokens

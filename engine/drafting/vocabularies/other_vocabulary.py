@@ -126,8 +126,9 @@ class OtherVocabulary:
 
     def _spoken(self, wants: SequenceOf[Want]) -> dict[int, Guess]:
         stretches = self.following.stretches(wants)
+        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
         if not stretches:
-            return {}
+            return guesses
         logits = self.draft.logits([self.following.piece(stretch) for stretch in stretches])
         speeches = [_Speech(stretch) for stretch in stretches if stretch.catches_up]
         speaking = speeches
@@ -139,7 +140,6 @@ class OtherVocabulary:
             logits = self.draft.logits(
                 [self.following.say(speech.stretch, speech.tokens) for speech in speaking]
             )
-        guesses = dict.fromkeys(self.following.behind, CATCHING_UP)
         return guesses | {speech.stretch.seq_id: self._spelled(speech).guess() for speech in speeches}
 
     def _speak(self, speeches: list[_Speech], logits: torch.Tensor) -> None:

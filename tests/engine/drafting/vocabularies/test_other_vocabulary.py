@@ -165,6 +165,20 @@ def test_a_long_text_is_caught_up_with_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("names", [("bpe", "coarse"), ("unigram", "fine")], ids="-".join)
+def test_a_text_of_which_the_draft_model_has_nothing_to_read_yet_gets_no_guess(names, temperature):
+    """The space that such a target begins a text with is none of the text's, and the draft model has no
+    token that begins one."""
+    target, draft = (spellers()[name] for name in names)
+    made = drafter(around_of(target), target, draft)
+    space = target.token_of(b" ")
+    one = sequence([target.bos, space], temperature=temperature)
+    assert made.guess([Want(one, 4)]) == [NO_GUESS]
+    one.tokens += target.encode(b"the cat", begins=False)
+    assert made.guess([Want(one, 4)])[0].tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_long_text_is_spelled_in_parts_and_others_do_not_wait(temperature, monkeypatch):
     target, draft = spellers()["coarse"], spellers()["fine"]
     long, short = (
@@ -182,7 +196,7 @@ def test_a_long_text_is_spelled_in_parts_and_others_do_not_wait(temperature, mon
         assert bool(other.tokens) == (left >= 0)
         if guess.tokens:
             break
-        assert guess is CATCHING_UP or (left <= 0 and guess is NO_GUESS)
+        assert guess is CATCHING_UP
         alignment = made.following.alignments.get(0)
         assert (alignment.num_read if alignment else 0) == max(0, min(left, len(long.tokens)))
     assert guess == expected
