@@ -159,7 +159,7 @@ def _predicted(generation: Generation) -> PredictedTokens | UnsetType:
         return UNSET
     return PredictedTokens(
         accepted_prediction_tokens=generation.num_accepted,
-        rejected_prediction_tokens=max(0, generation.num_drafts - generation.num_accepted),
+        rejected_prediction_tokens=generation.num_drafts - generation.num_accepted,
         lossy=UNSET if lossy is None else lossy.rule,
     )
 

@@ -24,8 +24,8 @@ class Draws(NamedTuple):
     nothing was committed since (`after_last` is False).
 
     tokens[r] is the target's own sample after row r, with the noise of that place: what plain decoding
-    would commit there, if the window tokens that row r follows were right; where drafts that stand only if
-    they are drawn are not, it may be the likeliest token instead. Rows of `undrawn` have no such token: the
+    would commit there, if the window tokens that row r follows were right. Behind a draft that is not drawn,
+    and stands only if it is, it may be the likeliest token instead. Rows of `undrawn` have no token: the
     request allows none there, and plain decoding would fail if it came so far.
     """
 

@@ -12,6 +12,7 @@ from engine.drafting.skips.skipped_layers import SkippedLayers
 from scheduler.types import FinishReason, LossyAcceptance
 from tests.engine.drafting import test_speculative_text
 from tests.engine.drafting.eager import eager
+from tests.engine.drafting.skips.test_skipped_layers import Eager
 from tests.engine.drafting.test_speculative_text import PROMPTS
 from tests.engine.tiny import TINY, request, run, tiny_core
 
@@ -110,7 +111,8 @@ def plain():
 @pytest.mark.parametrize("drafter", ["auto", *LIGHT, "skipped_layers"])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_every_drafter_gives_the_masked_text_of_plain_decoding(name, drafter, plain):
-    core = tiny_core(drafters=lambda around: {"skipped_layers": SkippedLayers(around)})
+    search = Eager(TINY.num_layers)
+    core = tiny_core(drafters=lambda around: {"skipped_layers": SkippedLayers(around, search)})
     masks = masked(core)
     drafted = 0
     for _ in range(2):  # the second time the first answers are known
