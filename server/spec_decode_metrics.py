@@ -16,7 +16,10 @@ class SpecDecodeMetrics:
     def __init__(self, model_name: str, registry: CollectorRegistry) -> None:
         self._model = model_name
         self._drafts = Counter(
-            "vllm:spec_decode_num_drafts", "Steps that verified drafts, of each sequence.", LABELS, registry=registry
+            "vllm:spec_decode_num_drafts",
+            "Steps that verified drafts, of each sequence.",
+            LABELS,
+            registry=registry,
         )
         self._tokens = Counter(
             "vllm:spec_decode_num_draft_tokens", "Drafts that were verified.", LABELS, registry=registry
