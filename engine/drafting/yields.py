@@ -71,9 +71,12 @@ class _Source:
     is_paying: bool = True
     debt_s: float = 0.0  # of reading prompts, not yet counted as time of guesses
 
-    def rest(self, now_s: float, trial_s: float) -> None:
+    def rest(self, now_s: float, trial_s: float, *, told: bool = True) -> None:
+        """Until its next trial. One that has `told` nothing, as it read all the time, is no reason to try more
+        rarely."""
         self.next_trial_s = now_s + self.pause * trial_s
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        if told:
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def relax(self, sequences: Iterable[int]) -> None:
         """Who did not pay may pay later: a text changes."""
@@ -125,7 +128,7 @@ class Yields:
             source.debt_s -= share_s
             source.time.note(num_asked, guessing_s + share_s)
         if not source.is_paying:
-            source.rest(self._clock(), seconds)
+            source.rest(self._clock(), seconds, told=num_behind < num_asked)
 
     def gained(self, name: str, asked: Iterable[tuple[int, int]]) -> None:
         """(sequence, drafts accepted) of all that the source was asked for in this step."""
