@@ -72,8 +72,7 @@ class _Source:
     debt_s: float = 0.0  # of reading prompts, not yet counted as time of guesses
 
     def rest(self, now_s: float, trial_s: float, *, told: bool = True) -> None:
-        """Until its next trial. One that has `told` nothing, as it read all the time, is no reason to try more
-        rarely."""
+        """Until its next trial. One that has `told` nothing, as it only read, makes no pause longer."""
         self.next_trial_s = now_s + self.pause * trial_s
         if told:
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
