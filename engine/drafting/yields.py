@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
     from scheduler.clock import Clock
 
-NEWEST_SHARE = 0.05  # in what is known of a source; more while little is known
-OWN_SHARE = 0.2  # in what is known of a sequence
+NEWEST_SHARE = 0.02  # of a step in what is known of a source; more while little is known
+OWN_SHARE = 0.1  # of a guess in what is known of a sequence
 FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known: hopeful, so that it is tried
-RELAXING = 0.002  # of a sequence that gained less than others, back to what they gain, with each step
+FIRST_STEPS = 4  # that weigh as much as that hope
+RELAXING = 0.001  # of a sequence that gained less than others, back to what they gain, with each step
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
 SHORTEST_PAUSE, LONGEST_PAUSE = 50.0, 3200.0  # until the next trial, in times of what the last one took
 BORNE_BY = 32  # calls that bear the time of reading a prompt, the first ones most
@@ -64,7 +65,7 @@ class _CallTime:
 class _Source:
     time: _CallTime = field(default_factory=_CallTime)
     gain: float = FIRST_GAIN  # accepted drafts of a guess, whether any of it was computed or not
-    num_asked: int = 0
+    num_steps: int = 0  # in which it was asked
     own: dict[int, float] = field(default_factory=dict)  # the same of each sequence
     pause: float = SHORTEST_PAUSE
     next_trial_s: float = 0.0
@@ -132,12 +133,15 @@ class Yields:
     def gained(self, name: str, asked: Iterable[tuple[int, int]]) -> None:
         """(sequence, drafts accepted) of all that the source was asked for in this step."""
         source = self._sources[name]
-        for seq_id, num_accepted in asked:
-            source.num_asked += 1
-            share = max(NEWEST_SHARE, 1 / (source.num_asked + 1))
+        counts = dict(asked)
+        for seq_id, num_accepted in counts.items():
             before = source.own.get(seq_id, source.gain)
             source.own[seq_id] = before + OWN_SHARE * (num_accepted - before)
-            source.gain += share * (num_accepted - source.gain)
+        if counts:
+            # Texts of one step are often alike: together they count once.
+            source.num_steps += 1
+            share = max(NEWEST_SHARE, 1 / (source.num_steps + FIRST_STEPS))
+            source.gain += share * (sum(counts.values()) / len(counts) - source.gain)
 
     def release(self, seq_id: int) -> None:
         for source in self._sources.values():
