@@ -70,6 +70,7 @@ class Speculation:
         self.yields = Yields()
         self.taps = tuple(sorted(set(chain.from_iterable(one.taps for one in drafters.values()))))
         self.failed: set[str] = set()
+        self._showing_s: dict[str, float] = {}  # by source: what telling it of the last step took
         self._asked: dict[int, Offer] = {}  # in this step
         self._met: dict[int, Sequence] = {}  # those that drafters may know something of, while they live
 
@@ -91,10 +92,11 @@ class Speculation:
             return
         tokens_per_s = economy.num_committed / economy.step_s if economy.step_s else 0.0
         proposals: dict[int, list[Proposal]] = {seq_id: [] for seq_id in ready}
+        trees: dict[int, DraftTree] = {}
         sources: dict[int, list[str]] = {seq_id: [] for seq_id in ready}
         for source, names in self._sources().items():
             rivals = {
-                seq_id: sum(DraftTree(proposals[seq_id]).chances)
+                seq_id: sum(trees[seq_id].chances) if seq_id in trees else 0.0
                 for seq_id, sequence in ready.items()
                 if any(_allows(sequence, name) for name in names) and self._limit(sequence) > 0
             }
@@ -105,15 +107,14 @@ class Speculation:
             behind: set[int] = set()
             for name in names:
                 behind |= self._ask(name, [ready[seq_id] for seq_id in asked], proposals)
-            seconds = time.perf_counter() - begun_s
+            trees |= {seq_id: DraftTree(proposals[seq_id]) for seq_id in asked}
+            seconds = time.perf_counter() - begun_s + self._showing_s.pop(source, 0.0)
             self.yields.took(source, len(asked), seconds, num_behind=len(behind))
             for seq_id in asked:
                 if seq_id not in behind:
                     sources[seq_id].append(source)
         self._met.update(ready)
-        for seq_id, names in sources.items():
-            if names or proposals[seq_id]:
-                self._asked[seq_id] = Offer(DraftTree(proposals[seq_id]), tuple(names))
+        self._asked = {seq_id: Offer(tree, tuple(sources[seq_id])) for seq_id, tree in trees.items()}
         within = {
             seq_id: offer.tree.within(self._tree_room(ready[seq_id])) for seq_id, offer in self._asked.items()
         }
@@ -222,7 +223,7 @@ class Speculation:
         for number, proposal in enumerate(offer.tree.proposals):
             guess, right = offer.tree.part_of(number, drafts, stood)
             self.acceptance.note(seq_id, proposal.drafter, guess, right)
-            source = TOGETHER if proposal.drafter in LIGHT else proposal.drafter
+            source = _source(proposal.drafter)
             if source in counts:
                 counts[source] = max(counts[source], len(right))
         return counts
@@ -231,6 +232,7 @@ class Speculation:
         """To those who may draft for a sequence. Where nobody was asked, load is high: then the cheap ones,
         which can do without, are told nothing."""
         self._met.update((one.sequence.seq_id, one.sequence) for one in seen)
+        self._showing_s.clear()
         for name, drafter in self.drafters.items():
             told = [one for one in seen if _allows(one.sequence, name)]
             if name in LIGHT:
@@ -240,10 +242,14 @@ class Speculation:
                 told = [one._replace(features=tuple(one.features[place] for place in places)) for one in told]
             if not told or name in self.failed:
                 continue
+            begun_s = time.perf_counter()
             try:
                 drafter.observe(told)
             except Exception:
                 self._give_up(name)
+            source = _source(name)
+            spent_s = self._showing_s.get(source, 0.0)
+            self._showing_s[source] = spent_s + time.perf_counter() - begun_s
 
     def _give_up(self, name: str) -> None:
         """A drafter may cost time, and nothing else: one that raises, or guesses what is no tree, is not
@@ -266,6 +272,10 @@ class Speculation:
         self.acceptance.release(seq_id)
         self.yields.release(seq_id)
         self._asked.pop(seq_id, None)
+
+
+def _source(drafter: str) -> str:
+    return TOGETHER if drafter in LIGHT else drafter
 
 
 def _allows(sequence: Sequence, drafter: str) -> bool:
