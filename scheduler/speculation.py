@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
+LEAST_GAIN = 1.05  # of the step's expected tokens per second, over those without drafts
+
 
 class Candidate(NamedTuple):
     """Drafts for one sequence: `chances[k]` that draft k stands, and so everything that it follows. A draft
@@ -46,7 +48,8 @@ def grant(
     """Which drafts to compute, by sequence, in their order; sequences that get none are left out. With a
     draft comes everything that it follows.
 
-    The likeliest first; of all beginnings of that order the one with the most expected tokens per second.
+    The likeliest first; of all beginnings of that order the one with the most expected tokens per second; none
+    where that is hardly more than without: estimates err, and drafts that only seem to pay cost time.
     """
     ordered = sorted(_entries(candidates), reverse=True)[: max(0, max_drafts)]
     expected: float = economy.num_committed
@@ -56,6 +59,8 @@ def grant(
         rate = expected / (economy.step_s + economy.added_s(number))
         if rate > best_rate:
             best, best_rate = number, rate
+    if best_rate * economy.step_s < LEAST_GAIN * economy.num_committed:
+        return {}
     granted: dict[int, list[int]] = {}
     for _, before, seq_id in ordered[:best]:
         granted.setdefault(seq_id, []).append(-before)

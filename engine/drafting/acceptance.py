@@ -21,6 +21,8 @@ OWN_DECAY = 0.9  # of what is known of a request
 OWN_WEIGHT = 4.0  # expected successes of a request that weigh as much as all that is known of the kind
 PRIOR_TRIALS = 4.0
 SUREST = 0.98
+GRANTED_DECAY = 0.995  # of what is known of all granted drafts, with those of each sequence
+FIRST_GRANTED = 20.0  # drafts that stood as expected, before anything is known
 
 
 @dataclass(slots=True)
@@ -30,15 +32,16 @@ class Tally:
     trials: float = 0.0
     successes: float = 0.0
 
-    def note(self, expected: float, success: bool, decay: float) -> None:
+    def note(self, expected: float, successes: int, decay: float) -> None:
         self.trials = self.trials * decay + expected
-        self.successes = self.successes * decay + success
+        self.successes = self.successes * decay + successes
 
 
 class Acceptance:
     """Keys of drafters are their names; of requests, sequence numbers."""
 
     def __init__(self) -> None:
+        self._granted = Tally(FIRST_GRANTED, FIRST_GRANTED)
         self._kinds: dict[tuple[str, int], Tally] = {}
         self._own: dict[int, dict[str, Tally]] = {}
 
@@ -55,6 +58,16 @@ class Acceptance:
                 chance = (known.successes + PRIOR_TRIALS * belief) / (known.trials + PRIOR_TRIALS)
             chances.append(min(SUREST, chance * scale))
         return chances
+
+    @property
+    def sobriety(self) -> float:
+        """By how much the chances of drafts that were granted were too high, a factor of at most 1: those are
+        granted above all whose chances are overestimated."""
+        return min(1.0, self._granted.successes / self._granted.trials)
+
+    def note_granted(self, expected: float, num_stood: int) -> None:
+        """Of drafts with so many expected to stand so many did."""
+        self._granted.note(expected, num_stood, GRANTED_DECAY)
 
     def note(self, seq_id: int, drafter: str, guess: Guess, stood: Collection[int]) -> None:
         """Of the drafts of a guess, all of them verified, those numbered `stood` were right."""

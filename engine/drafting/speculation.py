@@ -118,8 +118,9 @@ class Speculation:
         within = {
             seq_id: offer.tree.within(self._tree_room(ready[seq_id])) for seq_id, offer in self._asked.items()
         }
+        sobriety = self.acceptance.sobriety
         candidates = [
-            Candidate(seq_id, tuple(self._asked[seq_id].tree.chances[draft] for draft in drafts))
+            Candidate(seq_id, tuple(sobriety * self._asked[seq_id].tree.chances[draft] for draft in drafts))
             for seq_id, drafts in within.items()
         ]
         for seq_id, granted in grant(candidates, economy, room).items():
@@ -209,6 +210,8 @@ class Speculation:
                     gains.setdefault(source, []).append((piece.seq_id, count))
                 if offer.drafts:
                     path = [offer.drafts[place] for place in computed.kept]
+                    expected = sum(offer.tree.chances[draft] for draft in offer.drafts)
+                    self.acceptance.note_granted(expected, len(path))
                     verified[piece.seq_id] = offer.tree.verified(offer.drafts, path)
         for source, counts in gains.items():
             self.yields.gained(source, counts)

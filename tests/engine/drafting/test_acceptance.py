@@ -49,3 +49,14 @@ def test_a_request_has_chances_of_its_own():
     assert bad < other / 2 < other < good <= SUREST
     acceptance.release(2000)
     assert acceptance.chances(2000, "a", LINE)[0] == other
+
+
+def test_chances_of_what_was_granted_are_sobered_by_what_stood():
+    acceptance = Acceptance()
+    assert acceptance.sobriety == 1.0
+    for _ in range(2000):
+        acceptance.note_granted(2.0, 1)
+    assert acceptance.sobriety == pytest.approx(0.5, abs=0.01)
+    for _ in range(2000):
+        acceptance.note_granted(1.0, 2)
+    assert acceptance.sobriety == 1.0, "good luck makes nobody bolder"
