@@ -48,8 +48,8 @@ def grant(
     """Which drafts to compute, by sequence, in their order; sequences that get none are left out. With a
     draft comes everything that it follows.
 
-    The likeliest first; of all beginnings of that order the one with the most expected tokens per second,
-    and none where that is hardly more than without: estimates err, and drafts that only seem to pay cost time.
+    The likeliest first; of all beginnings of that order the one with the most expected tokens per second.
+    None where that is hardly more than without: estimates err, and drafts that only seem to pay cost time.
     """
     ordered = sorted(_entries(candidates), reverse=True)[: max(0, max_drafts)]
     expected: float = economy.num_committed
