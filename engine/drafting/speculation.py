@@ -18,6 +18,7 @@ from engine.drafting import AUTO, LIGHT
 from engine.drafting.acceptance import Acceptance
 from engine.drafting.draft_tree import DraftTree, Proposal
 from engine.drafting.guess import CATCHING_UP, ROOT, Seen, Want
+from engine.drafting.ledger import Ledger
 from engine.drafting.yields import Yields
 from scheduler.speculation import Candidate, grant, may_pay
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from engine.runner import Outcome
     from scheduler.plan import StepPlan
     from scheduler.scheduler import Scheduler
+    from scheduler.speculation import StepEconomy
     from scheduler.types import Sequence
 
 logger = logging.getLogger("octavo.engine")
@@ -68,9 +70,12 @@ class Speculation:
         self.tree_block = tree_block
         self.acceptance = Acceptance()
         self.yields = Yields()
+        self.ledger = Ledger()
         self.taps = tuple(sorted(set(chain.from_iterable(one.taps for one in drafters.values()))))
         self.failed: set[str] = set()
         self._showing_s: dict[str, float] = {}  # by source: what telling it of the last step took
+        self._economy: StepEconomy | None = None  # of this step, if anybody was asked to draft for it
+        self._spent_s = 0.0  # between this step and the one before, on drafting
         self._asked: dict[int, Offer] = {}  # in this step
         self._met: dict[int, Sequence] = {}  # those that drafters may know something of, while they live
 
@@ -79,17 +84,22 @@ class Speculation:
     def offer(self) -> None:
         """Give the sequences that can use one a window of drafts."""
         self._asked.clear()
+        self._economy = None
         ready = self.scheduler.draftable(METHOD)
-        if not ready:
+        room = self.scheduler.room_for_drafts() if ready else 0
+        if not room:
             return
-        room = self.scheduler.room_for_drafts()
-        if room:
-            self._offer_to({one.seq_id: one for one in ready}, room)
-
-    def _offer_to(self, ready: dict[int, Sequence], room: int) -> None:
         economy = self.costs.economy(*self.scheduler.without_drafts())
         if not may_pay(economy, min(room, MAX_DRAFTS * len(ready))):
             return
+        if self.ledger.may_speculate(economy.num_committed):
+            begun_s = time.perf_counter()
+            trials_s = self._offer_to({one.seq_id: one for one in ready}, room, economy)
+            self._economy, self._spent_s = economy, time.perf_counter() - begun_s - trials_s
+
+    def _offer_to(self, ready: dict[int, Sequence], room: int, economy: StepEconomy) -> float:
+        """-> seconds spent on trials, which have a bound of their own"""
+        trials_s = 0.0
         tokens_per_s = economy.num_committed / economy.step_s if economy.step_s else 0.0
         proposals: dict[int, list[Proposal]] = {seq_id: [] for seq_id in ready}
         trees: dict[int, DraftTree] = {}
@@ -108,7 +118,10 @@ class Speculation:
             for name in names:
                 behind |= self._ask(name, [ready[seq_id] for seq_id in asked], proposals)
             trees |= {seq_id: DraftTree(proposals[seq_id]) for seq_id in asked}
-            seconds = time.perf_counter() - begun_s + self._showing_s.pop(source, 0.0)
+            seconds = time.perf_counter() - begun_s
+            if not self.yields.is_paying(source):
+                trials_s += seconds
+            seconds += self._showing_s.pop(source, 0.0)
             self.yields.took(source, len(asked), seconds, num_behind=len(behind))
             for seq_id in asked:
                 if seq_id not in behind:
@@ -127,6 +140,7 @@ class Speculation:
             drafts = tuple(within[seq_id][place] for place in granted)
             self._asked[seq_id] = self._asked[seq_id]._replace(drafts=drafts)
             self.scheduler.offer(seq_id, self._asked[seq_id].tree.window(drafts))
+        return trials_s
 
     def _sources(self) -> dict[str, list[str]]:
         """The cheap ones first, together; then the others, each for itself."""
@@ -179,6 +193,7 @@ class Speculation:
 
     def learn(self, plan: StepPlan, outcomes: Iterable[Outcome]) -> dict[int, tuple[Verified, ...]]:
         """Before its advances are applied: what became of its drafts, by sequence."""
+        begun_s, num_stood = time.perf_counter(), 0
         verified: dict[int, tuple[Verified, ...]] = {}
         seen: list[Seen] = []
         gains: dict[str, list[tuple[int, int]]] = {}
@@ -205,6 +220,7 @@ class Speculation:
                 )
             )
             if offer is not None and len(offer.drafts) == piece.num_window:
+                num_stood += len(computed.kept)
                 stood = self._judge(piece.seq_id, offer, [offer.drafts[place] for place in computed.kept])
                 for source, count in stood.items():
                     gains.setdefault(source, []).append((piece.seq_id, count))
@@ -217,7 +233,18 @@ class Speculation:
             self.yields.gained(source, counts)
         if seen:
             self._show(seen)
+        if self._economy is not None:
+            num_drafts = sum(piece.num_window for piece in plan.slices)
+            self._spent_s += time.perf_counter() - begun_s
+            self._settle(self._economy, num_drafts, num_stood)
         return verified
+
+    def _settle(self, economy: StepEconomy, num_drafts: int, num_stood: int) -> None:
+        """What this step won, and what it cost."""
+        won = num_stood / economy.num_committed
+        if economy.step_s:
+            won -= (self._spent_s + economy.added_s(num_drafts)) / economy.step_s
+        self.ledger.note(economy.num_committed, won)
 
     def _judge(self, seq_id: int, offer: Offer, path: SequenceOf[int]) -> dict[str, int]:
         """-> how many drafts of each source stood"""

@@ -23,7 +23,7 @@ FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known
 FIRST_STEPS = 4  # that weigh as much as that hope
 RELAXING = 0.001  # of a sequence that gained less than others, back to what they gain, with each step
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
-SHORTEST_PAUSE, LONGEST_PAUSE = 50.0, 3200.0  # until the next trial, in times of what the last one took
+SHORTEST_PAUSE, LONGEST_PAUSE = 100.0, 3200.0  # until the next trial, in times of what the last one took
 BORNE_BY = 32  # calls that bear the time of reading a prompt, the first ones most
 PROBED = 4  # sequences of a trial
 
@@ -69,7 +69,7 @@ class _Source:
     own: dict[int, float] = field(default_factory=dict)  # the same of each sequence
     pause: float = SHORTEST_PAUSE
     next_trial_s: float = 0.0
-    is_paying: bool = True
+    is_paying: bool = False
     debt_s: float = 0.0  # of reading prompts, not yet counted as time of guesses
 
     def rest(self, now_s: float, trial_s: float, *, told: bool = True) -> None:
@@ -102,7 +102,7 @@ class Yields:
         own, gain = source.own, source.gain
         surplus = {seq_id: own.get(seq_id, gain) - rival - price for seq_id, rival in rivals.items()}
         asked = [seq_id for seq_id, tokens in surplus.items() if tokens > 0]
-        if asked and sum(surplus[seq_id] for seq_id in asked) > fixed_price:
+        if source.time.calls and asked and sum(surplus[seq_id] for seq_id in asked) > fixed_price:
             source.is_paying, source.pause = True, SHORTEST_PAUSE
             if len(asked) < len(surplus):
                 source.relax(surplus)
@@ -114,6 +114,10 @@ class Yields:
         if self._clock() < source.next_trial_s:
             return []
         return sorted(surplus, key=surplus.__getitem__)[-PROBED:]
+
+    def is_paying(self, name: str) -> bool:
+        """Else it is only tried."""
+        return self._sources[name].is_paying
 
     def took(self, name: str, num_asked: int, seconds: float, *, num_behind: int = 0) -> None:
         """What asking for so many took. A source reads a prompt before it can guess (it is `num_behind` with

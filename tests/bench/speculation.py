@@ -3,10 +3,11 @@
     python -m tests.bench.speculation [--concurrency 1,4,16,32] [--drafters auto,prompt_lookup] [--rounds 2]
         [--tokens 96] [--temperature 0] [--draft-model FOLDERS]
 
-Three kinds of work, three prompts each. Plain and speculative alternate, in one process,
-each time under a salt of its own, so that neither finds the other's pages or answers; the clients of a round
-ask the same. Speed is the ratio of the times of a whole round, prompts included: the median over the rounds,
-with the least and the most. Texts are compared, and one that differs ends the benchmark.
+Three kinds of work, three prompts each. Plain and speculative alternate, in one process, each time under a
+salt of its own, so that neither finds the other's pages or answers; clients ask one prompt after another, and
+neighbours begin with different ones. Speed is the ratio of the times of a whole round, prompts included: the
+median over the rounds, with the least and the most. Texts are compared, and one that differs ends the
+benchmark.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ KINDS = {
 
 @dataclass
 class Round:
-    texts: list[list[int]]
+    texts: list[list[list[int]]]  # of each client, in the order of its asking
     seconds: float
     num_steps: int
 
@@ -81,33 +82,46 @@ class Bench:
         self.numbers = itertools.count()
 
     def round(self, kind: str, concurrency: int, method: str, drafter: str) -> Round:
-        """The kind's prompts in turn, each by so many clients at once."""
-        total = Round([], 0.0, 0)
-        for prompt in self.prompts[kind]:
-            salt = f"s{next(self.numbers)}"
-            requests = [
-                Request(
-                    request_id=f"r{next(self.numbers)}",
-                    prompt_ids=tuple(prompt),
-                    sampling=self.sampling,
-                    arrival_s=time.monotonic(),
-                    method=method,
-                    drafter=drafter,
-                    cache_salt=salt,
-                )
-                for _ in range(concurrency)
-            ]
-            texts: dict[str, list[int]] = {request.request_id: [] for request in requests}
-            begun_s = time.perf_counter()
-            for request in requests:
-                self.core.handle(Submit(request))
-            while self.core.has_work:
-                for output in self.core.step().outputs:
-                    texts[output.request_id] += output.tokens
-                total.num_steps += 1
-            total.seconds += time.perf_counter() - begun_s
-            total.texts += texts.values()
-        return total
+        """So many clients at once, each of which asks the kind's prompts one after another; neighbours begin
+        with different ones."""
+        salt = f"s{next(self.numbers)}"
+        prompts = self.prompts[kind]
+        waiting = {
+            client: [prompts[(client + turn) % len(prompts)] for turn in reversed(range(len(prompts)))]
+            for client in range(concurrency)
+        }
+        texts: dict[str, list[int]] = {}
+        client_of: dict[str, int] = {}
+
+        def ask(client: int) -> None:
+            request = Request(
+                request_id=f"r{next(self.numbers)}",
+                prompt_ids=tuple(waiting[client].pop()),
+                sampling=self.sampling,
+                arrival_s=time.monotonic(),
+                method=method,
+                drafter=drafter,
+                cache_salt=salt,
+            )
+            client_of[request.request_id] = client
+            texts[request.request_id] = []
+            self.core.handle(Submit(request))
+
+        num_steps = 0
+        begun_s = time.perf_counter()
+        for client in waiting:
+            ask(client)
+        while self.core.has_work:
+            for output in self.core.step().outputs:
+                texts[output.request_id] += output.tokens
+                if output.finish is not None and waiting[client_of[output.request_id]]:
+                    ask(client_of[output.request_id])
+            num_steps += 1
+        seconds = time.perf_counter() - begun_s
+        by_client: list[list[list[int]]] = [[] for _ in waiting]
+        for name, text in texts.items():
+            by_client[client_of[name]].append(text)
+        return Round(by_client, seconds, num_steps)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ there on. Positions are counted from the context's beginning: rotary ones are re
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from engine.sampling.places import Place
 from scheduler.types import Visibility
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as SequenceOf
     from pathlib import Path
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from engine.drafting.guess import Guess, Seen, Want
     from engine.drafting.heads.catching_up import Reader
     from engine.drafting.surroundings import Surroundings
+    from engine.models.config import TransformerConfig
     from engine.models.layers import Rows
     from scheduler.types import Sequence
 
@@ -160,10 +162,16 @@ class DFlash:
         }
 
 
-def load(folder: Path, config_json: Mapping[str, Any], around: Surroundings, free_bytes: int) -> DFlash:
-    """A drafter for the target. Raises CheckpointError for one of another model or of an unknown form."""
-    target = around.model.config
-    config = read_config(folder, config_json, target)
+def find(
+    folder: Path, config_json: Mapping[str, Any], target: TransformerConfig
+) -> Callable[[Surroundings, int], DFlash]:
+    """Its configuration only -> what loads the drafter. Raises CheckpointError for one of another model or of
+    an unknown form."""
+    return partial(_load, folder, read_config(folder, config_json, target))
+
+
+def _load(folder: Path, config: DFlashConfig, around: Surroundings, free_bytes: int) -> DFlash:
+    """Raises CheckpointError for tensors that do not fit."""
     weights = read_weights(folder, config, around)
     reach = max(config.layers.max_positions, around.max_model_len)  # beyond its training it is merely worse
     layers = for_context(replace(config.layers, max_positions=reach), around.max_model_len)

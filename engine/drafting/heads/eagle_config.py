@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.models.config import QKNorm
-from engine.models.context import for_context
 from engine.models.families import from_config_json
 from engine.models.fields import Fields
 from engine.weights.errors import CheckpointError
@@ -36,7 +35,6 @@ def read_config(
     folder: Path,
     config_json: Mapping[str, Any],
     target: TransformerConfig,
-    max_model_len: int,
     names: Collection[str],
     layer: str,
 ) -> EagleConfig:
@@ -57,7 +55,7 @@ def read_config(
                 f"that was trained for this model"
             )
     return EagleConfig(
-        layers=for_context(_layers(folder, own, target, max_model_len, names, layer), max_model_len),
+        layers=_layers(folder, own, target, names, layer),
         residual_is_normed=fields.flag("norm_before_residual", speculators),
         passes_normed=fields.flag("norm_output", nested.flag("norm_output")),
         norm_before_fuse=fields.flag("norm_before_fc", nested.flag("norm_before_fc")),
@@ -76,15 +74,9 @@ def _check(fields: Fields, nested: Fields) -> None:
 
 
 def _layers(
-    folder: Path,
-    own: Fields,
-    target: TransformerConfig,
-    max_model_len: int,
-    names: Collection[str],
-    layer: str,
+    folder: Path, own: Fields, target: TransformerConfig, names: Collection[str], layer: str
 ) -> TransformerConfig:
-    """Layers like Llama's; biases and norms of queries and keys are there where they are stored. They reach
-    as far as the target is served: beyond what they were trained for, guesses are merely worse."""
+    """Layers like Llama's; biases and norms of queries and keys are there where they are stored."""
     plain = {name: value for name, value in own.values.items() if name not in _WINDOWS}
     common = {"vocab_size": target.vocab_size, "architectures": ["LlamaForCausalLM"]}
     try:
@@ -97,7 +89,6 @@ def _layers(
     return replace(
         config,
         layers=tuple(replace(one, window=span) for one, span in zip(config.layers, windows, strict=True)),
-        max_positions=max(config.max_positions, max_model_len),
         qkv_bias=f"{layer}self_attn.q_proj.bias" in names,
         out_bias=f"{layer}self_attn.o_proj.bias" in names,
         mlp_bias=f"{layer}mlp.down_proj.bias" in names,

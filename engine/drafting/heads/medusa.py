@@ -6,6 +6,7 @@ row: k + 1 places behind the last token. It does not know which tokens stand bet
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,26 +14,37 @@ import torch.nn.functional as F
 
 from engine.drafting.candidate_tree import LEAST_CHANCE, CandidateTrees, Level
 from engine.drafting.guess import NO_GUESS
-from engine.drafting.heads.medusa_weights import MedusaWeights, read_medusa
+from engine.drafting.heads.medusa_weights import read_form, read_weights
 from engine.models.transformer import NORMED
 from engine.sampling.candidates import candidates
 from engine.sampling.places import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as SequenceOf
     from pathlib import Path
 
     from engine.drafting.guess import Guess, Seen, Want
+    from engine.drafting.heads.medusa_weights import MedusaForm, MedusaWeights
     from engine.drafting.surroundings import Surroundings
+    from engine.models.config import TransformerConfig
     from scheduler.types import Sequence
 
 WIDTH = 8  # candidates for a place
 
 
-def load(folder: Path, config_json: Mapping[str, Any], around: Surroundings) -> Medusa:
-    """Raises CheckpointError for heads of another model or of an unknown form."""
-    return Medusa(read_medusa(folder, config_json, around), around)
+def find(
+    folder: Path, config_json: Mapping[str, Any], target: TransformerConfig
+) -> Callable[[Surroundings, int], Medusa]:
+    """Headers only -> what loads the heads. Raises CheckpointError for those of another model or of an unknown
+    form."""
+    return partial(_load, read_form(folder, config_json, target))
+
+
+def _load(form: MedusaForm, around: Surroundings, free_bytes: int) -> Medusa:
+    """Raises CheckpointError for tensors that do not fit."""
+    del free_bytes  # beside its weights it needs nothing
+    return Medusa(read_weights(form, around), around)
 
 
 class _State(NamedTuple):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.drafting.surroundings import Surroundings
+    from engine.models.config import TransformerConfig
     from engine.weights.safetensors import Shape
 
 MAX_HEADS = 64
@@ -58,10 +59,21 @@ class _Names(NamedTuple):
     vocabulary: str  # {head}; may be absent
 
 
-def read_medusa(folder: Path, config_json: Mapping[str, Any], around: Surroundings) -> MedusaWeights:
-    """Heads for the target. Raises CheckpointError for those of another model or of an unknown form."""
+class MedusaForm(NamedTuple):
+    """What the headers say: the tensors of each head's blocks without ".weight", and of its vocabulary ("" =
+    the target's); the shapes of all that are stored; the tokens that the heads know, None = all."""
+
+    parts: CheckpointParts
+    blocks: list[list[str]]
+    vocabularies: list[str]
+    shapes: dict[str, Shape]
+    tokens: tuple[int, ...] | None
+    logit_scale: float
+
+
+def read_form(folder: Path, config_json: Mapping[str, Any], target: TransformerConfig) -> MedusaForm:
+    """Raises CheckpointError for heads of another model or of an unknown form."""
     fields = Fields(f"{folder}: config.json", config_json)
-    target = around.model.config
     for name, own in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
         if fields.has(name) and fields.count(name) != own:
             raise CheckpointError(
@@ -74,7 +86,6 @@ def read_medusa(folder: Path, config_json: Mapping[str, Any], around: Surroundin
     names = _spelling(parts.names, num_blocks)
     tokens = _token_map(folder, fields, target.vocab_size)
     vocabularies = _vocabularies(parts.names, names, num_heads, fields)
-    stored = [name for name in dict.fromkeys(vocabularies) if name]
     blocks = [
         [names.block.format(head=head, block=block) for block in range(num_blocks)]
         for head in range(num_heads)
@@ -83,22 +94,27 @@ def read_medusa(folder: Path, config_json: Mapping[str, Any], around: Surroundin
     matrices = {f"{name}.weight": (hidden, hidden) for line in blocks for name in line}
     biases = {f"{name}.bias": (hidden,) for line in blocks for name in line}
     shapes: dict[str, Shape] = matrices | {name: biases[name] for name in biases if name in parts.names}
-    for name in stored:
+    for name in filter(None, vocabularies):
         part = tokens is not None and parts.rows(name) != rows
         shapes[name] = (len(tokens) if part and tokens else rows, hidden)
-    loaded = parts.load((parts.whole(*entry) for entry in shapes.items()), around.dtype, around.device)
+    return MedusaForm(parts, blocks, vocabularies, shapes, tokens, fields.number("logit_scale", 1.0))
+
+
+def read_weights(form: MedusaForm, around: Surroundings) -> MedusaWeights:
+    """Raises CheckpointError for tensors that are missing or misshapen, before anything is read."""
+    parts, tokens = form.parts, form.tokens
+    wanted = (parts.whole(*entry) for entry in form.shapes.items())
+    loaded = parts.load(wanted, around.dtype, around.device) | {"": around.model.head}
     token_map = None if tokens is None else torch.tensor(tokens, dtype=torch.int64, device=around.device)
-    known = {name: _known(loaded[name], token_map) for name in stored}
-    if "" in vocabularies:
-        known[""] = _known(around.model.head, token_map)
+    known = {name: _known(loaded[name], token_map) for name in set(form.vocabularies)}
     return MedusaWeights(
         tuple(
             tuple(Block(loaded[f"{name}.weight"], loaded.get(f"{name}.bias")) for name in line)
-            for line in blocks
+            for line in form.blocks
         ),
-        tuple(known[name] for name in vocabularies),
+        tuple(known[name] for name in form.vocabularies),
         token_map,
-        fields.number("logit_scale", 1.0),
+        form.logit_scale,
     )
 
 

@@ -8,6 +8,7 @@ is where there is one. A head whose layer is not of the shape that the model's o
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,9 +28,10 @@ from engine.weights.errors import CheckpointError
 from engine.weights.layout import Piece, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from pathlib import Path
 
+    from engine.checkpoint import Checkpoint
     from engine.drafting.surroundings import Surroundings
     from engine.models.config import TransformerConfig
 
@@ -60,45 +62,60 @@ _SPELLINGS = (
 )  # fmt: skip
 
 
-def load_mtp(around: Surroundings, free_bytes: int) -> HeadDrafter:
-    """The head in the target's own checkpoint. Raises CheckpointError where there is none that fits."""
-    checkpoint = around.checkpoint
+def find_own(
+    checkpoint: Checkpoint | None, target: TransformerConfig
+) -> Callable[[Surroundings, int], HeadDrafter]:
+    """Headers only -> what loads the head in the target's own checkpoint. Raises CheckpointError where there
+    is none that fits."""
     if checkpoint is None or checkpoint.kind is not CheckpointKind.FOLDER:
         where = "the model" if checkpoint is None else str(checkpoint.path)
         raise CheckpointError(
             f"{where}: multi-token prediction heads are read from folders of safetensors files, and this is "
             f"none: draft without 'mtp'"
         )
-    return _load(checkpoint.path, around, free_bytes, own=True)
+    return _find(checkpoint.path, target, own=True)
 
 
-def load(folder: Path, config_json: Mapping[str, Any], around: Surroundings, free_bytes: int) -> HeadDrafter:
-    """A head in a folder of its own (vllm-project/speculators), of the shape of the target's own layers.
+def find(
+    folder: Path, config_json: Mapping[str, Any], target: TransformerConfig
+) -> Callable[[Surroundings, int], HeadDrafter]:
+    """The same in a folder of its own (vllm-project/speculators), of the shape of the target's own layers.
     Raises CheckpointError."""
     fields = Fields(f"{folder}: config.json", config_json).within("transformer_layer_config")
-    target = around.model.config
     for name, own in (("hidden_size", target.hidden_size), ("vocab_size", target.vocab_size)):
         if fields.has(name) and fields.count(name) != own:
             raise CheckpointError(
                 f"{folder}: the head has {name} = {fields.count(name)}, the model has {own}: take one that "
                 f"was trained for this model"
             )
-    return _load(folder, around, free_bytes)
+    return _find(folder, target)
 
 
-def _load(folder: Path, around: Surroundings, free_bytes: int, *, own: bool = False) -> HeadDrafter:
+def _find(
+    folder: Path, target: TransformerConfig, *, own: bool = False
+) -> Callable[[Surroundings, int], HeadDrafter]:
     """`own`: it is one part of many in the folder, of which nobody has counted the bytes."""
     parts = CheckpointParts(folder)
-    target = around.model.config
     spelling = _spelling(parts, target.num_layers)
     config = _layer_config(target, parts.names, spelling)
     layers = layer_targets(config, parts.names, spelling.layer)
     others = _others(config, spelling)
     stored = [piece.stored for one in others for piece in one.pieces]
     refuse_others(parts, spelling.layer, layers, (*stored, *spelling.shared))
+    return partial(_load, parts, config, [*layers, *others], own)
+
+
+def _load(
+    parts: CheckpointParts,
+    config: TransformerConfig,
+    targets: list[Target],
+    own: bool,
+    around: Surroundings,
+    free_bytes: int,
+) -> HeadDrafter:
     if own:
-        free_bytes -= _bytes(folder, [*layers, *others], around.dtype, free_bytes)
-    weights = parts.load([*layers, *others], around.dtype, around.device)
+        free_bytes -= _bytes(parts.folder, targets, around.dtype, free_bytes)
+    weights = parts.load(targets, around.dtype, around.device)
     head = FusingHead(
         layers=take_layers(config, weights, around.ops),
         target=around.model,
@@ -109,7 +126,7 @@ def _load(folder: Path, around: Surroundings, free_bytes: int, *, own: bool = Fa
         out_norm=take_norm(weights, "out_norm", config),
     )
     kv = DraftKV.beside(around, config, free_bytes)
-    return HeadDrafter(head, kv, around, pass_cost(config, target))
+    return HeadDrafter(head, kv, around, pass_cost(config, around.model.config))
 
 
 def _bytes(folder: Path, targets: list[Target], dtype: torch.dtype, free_bytes: int) -> int:

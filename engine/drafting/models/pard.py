@@ -7,6 +7,7 @@ depend on each other's tokens, so every choice for a place may follow every choi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from engine.models.fields import Fields
 from engine.weights.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from collections.abc import Sequence as SequenceOf
 
     from engine.checkpoint import Checkpoint
@@ -31,19 +32,23 @@ if TYPE_CHECKING:
 MAX_MASKS = 11  # published models were taught to guess 8 to 16 tokens
 
 
-def load(
-    checkpoint: Checkpoint, config_json: Mapping[str, Any], around: Surroundings, free_bytes: int
-) -> Pard:
-    """PARD-2's models too, which may look at the target's hidden states and draft without. Raises
-    CheckpointError for what cannot be served or does not fit."""
+def find(
+    checkpoint: Checkpoint, config_json: Mapping[str, Any]
+) -> Callable[[Surroundings, int], Pard]:
+    """Its configuration only -> what loads it. PARD-2's models too, which may look at the target's hidden
+    states and draft without. Raises CheckpointError for what is none."""
     mask_token = Fields(f"{checkpoint.path}: config.json", config_json).count("pard_token", least=0)
     known = checkpoint.transformer.vocab_size
     if mask_token >= known:
         raise CheckpointError(
             f"{checkpoint.path}: config.json pard_token = {mask_token}, but the model knows {known} tokens"
         )
-    draft, following = load_draft_model(checkpoint, around, free_bytes)
-    return Pard(draft, following, mask_token)
+    return partial(_load, checkpoint, mask_token)
+
+
+def _load(checkpoint: Checkpoint, mask_token: int, around: Surroundings, free_bytes: int) -> Pard:
+    """Raises CheckpointError for what does not fit."""
+    return Pard(*load_draft_model(checkpoint, around, free_bytes), mask_token)
 
 
 class Pard:

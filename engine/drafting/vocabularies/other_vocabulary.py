@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from engine.sampling.ranking import is_random
 from engine.weights.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from collections.abc import Sequence as SequenceOf
 
     from engine.checkpoint import Checkpoint
@@ -42,12 +43,19 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 
-def load(checkpoint: Checkpoint, around: Surroundings, free_bytes: int) -> OtherVocabulary:
-    """Raises CheckpointError for what cannot be served or does not fit, and for vocabularies that cannot be
-    read or have nothing in common."""
-    if around.checkpoint is None:
+def find(
+    checkpoint: Checkpoint, target: Checkpoint | None
+) -> Callable[[Surroundings, int], OtherVocabulary]:
+    """The vocabularies only -> what loads the model. Raises CheckpointError for those that cannot be read."""
+    if target is None:
         raise CheckpointError(f"{checkpoint.path}: the target has no vocabulary to compare this one with")
-    spellers = Speller.of(around.checkpoint), Speller.of(checkpoint)
+    return partial(_load, checkpoint, (Speller.of(target), Speller.of(checkpoint)))
+
+
+def _load(
+    checkpoint: Checkpoint, spellers: tuple[Speller, Speller], around: Surroundings, free_bytes: int
+) -> OtherVocabulary:
+    """Raises CheckpointError for what does not fit, and for vocabularies that have nothing in common."""
     draft, following = load_draft_model(checkpoint, around, free_bytes)
     cost = pass_cost(draft.model.config, around.model.config)
     try:

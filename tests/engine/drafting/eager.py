@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def eager(core: EngineCore) -> EngineCore:
-    """Every draft pays, and everybody is always asked."""
+    """Every draft pays, everybody is always asked, and losses do not count."""
     core.speculation.costs = Generous()
     core.speculation.yields = Asking()
+    core.speculation.ledger = Endless()
     return core
 
 
@@ -42,6 +43,9 @@ class Asking:
     def worth_asking(self, name: str, rivals: dict[int, float], tokens_per_s: float) -> list[int]:
         return list(rivals)
 
+    def is_paying(self, name: str) -> bool:
+        return True
+
     def took(self, name: str, num_asked: int, seconds: float, *, num_behind: int = 0) -> None:
         pass
 
@@ -49,4 +53,14 @@ class Asking:
         pass
 
     def release(self, seq_id: int) -> None:
+        pass
+
+
+class Endless:
+    """A ledger of a stake that is never lost."""
+
+    def may_speculate(self, num_committed: int) -> bool:
+        return True
+
+    def note(self, num_committed: int, won: float) -> None:
         pass
