@@ -16,8 +16,8 @@ from engine import sizing
 from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
-from engine.drafting import AUTO
-from engine.drafting.loading import load_drafters
+from engine.drafting import AUTO, LIGHT
+from engine.drafting.loading import find_drafters, load_drafters
 from engine.drafting.skips.scratch_pages import num_scratch_pages
 from engine.drafting.skips.skipped_layers import SkippedLayers
 from engine.drafting.surroundings import Surroundings
@@ -43,11 +43,14 @@ from scheduler.scheduler import Scheduler
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from engine.drafting.guess import Drafter
+    from engine.drafting.loading import Found
     from engine.tiers.disk import DiskFile
     from scheduler.config import SchedulerConfig
     from scheduler.costs import CostModel
 
 logger = logging.getLogger("octavo.engine")
+
+SKIPPED_LAYERS = "skipped_layers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,8 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     shape = for_context(checkpoint.transformer, max_model_len)
     adapter = named_path(config.lora, "lora") if config.lora else None
     checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
+    found = find_drafters(config.draft_model, checkpoint, shape)
+    _check_drafter(config, (*LIGHT, SKIPPED_LAYERS, *(one.kind.value for one in found)))
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device, sizing.free_bytes(device))
     watch.lap("load weights")
@@ -115,11 +120,9 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         max_num_seqs=settings.max_num_seqs,
         processor_of=runner.processor_of,
     )
-    drafters = _drafters(config, settings, around)
+    drafters = _drafters(found, settings, around)
     watch.lap("load drafters")
     core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters)
-    names = tuple(core.speculation.drafters)
-    _check_drafter(config, names)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
@@ -135,24 +138,24 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         host_pages=settings.host_pages,
         disk_pages=settings.disk_pages,
         costs=costs,
-        drafters=names,
+        drafters=tuple(core.speculation.drafters),
     )
     return BuiltEngine(core, ready, lengths)
 
 
-def _drafters(config: EngineConfig, settings: SchedulerConfig, around: Surroundings) -> dict[str, Drafter]:
+def _drafters(
+    found: tuple[Found, ...], settings: SchedulerConfig, around: Surroundings
+) -> dict[str, Drafter]:
     """Those beside the light ones, by name."""
-    drafters: dict[str, Drafter] = {"skipped_layers": SkippedLayers(around)}
-    if config.draft_model:
-        free = sizing.free_bytes(around.device)
-        if around.device.type == "cpu":  # promised, though not touched yet
-            free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
-        drafters |= load_drafters(config.draft_model, around, free)
-    return drafters
+    free = sizing.free_bytes(around.device)
+    if around.device.type == "cpu":  # promised, though not touched yet
+        free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
+    drafters: dict[str, Drafter] = {SKIPPED_LAYERS: SkippedLayers(around)}
+    return drafters | load_drafters(found, around, free)
 
 
 def _check_drafter(config: EngineConfig, names: tuple[str, ...]) -> None:
-    """That of requests which name none must be there."""
+    """That of requests which name none will be there."""
     if config.drafter not in (AUTO, *names):
         raise EngineConfigError(
             f"the drafter {config.drafter} is not loaded: name its weights in draft_model, or set drafter to "

@@ -1,6 +1,7 @@
-"""Drafters with weights: what a checkpoint is by its config.json and tensors, and loading it.
+"""Drafters with weights: what a checkpoint is by its config.json and headers, and loading it.
 
-A drafter is named by its kind, so there is at most one of each.
+Finding needs the target's files only, so what is no drafter for it is refused before the target's weights are
+read. A drafter is named by its kind, so there is at most one of each.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from enum import StrEnum
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,12 +26,15 @@ from engine.weights.paths import named_path
 from engine.weights.safetensors import read_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from engine.checkpoint import Checkpoint
     from engine.drafting.guess import Drafter
     from engine.drafting.surroundings import Surroundings
+    from engine.models.config import TransformerConfig
+
+    Loader = Callable[[Surroundings, int], Drafter]
 
 logger = logging.getLogger("octavo.engine")
 
@@ -44,34 +49,52 @@ class Kind(StrEnum):
 
 
 OWN_HEADS = Kind.MTP.value  # in the place of a name: the heads in the target's own checkpoint
+_HEADS: Mapping[Kind, Callable[[Path, Mapping[str, Any], TransformerConfig], Loader]] = {
+    Kind.EAGLE: eagle.find, Kind.MTP: mtp.find, Kind.MEDUSA: medusa.find, Kind.DFLASH: dflash.find,
+}  # fmt: skip
 _OF_SPECULATORS = {"eagle": Kind.EAGLE, "eagle3": Kind.EAGLE, "mtp": Kind.MTP, "dflash": Kind.DFLASH}
 
 
-class _Found(NamedTuple):
-    """`folder` and `config`: where the checkpoint is a folder of its own."""
+class Found(NamedTuple):
+    """`load`: the target as it is served, and the bytes that are free for the drafter beside `num_values`
+    weights in the target's dtype."""
 
     source: str
     kind: Kind
-    folder: Path | None = None
-    config: Mapping[str, Any] | None = None
+    load: Loader
+    size_bytes: int  # as it is stored; 0: a part of the target's checkpoint
+    num_values: int = 0  # 0: `load` counts them
 
 
-def load_drafters(draft_model: str, around: Surroundings, free_bytes: int) -> dict[str, Drafter]:
-    """`draft_model`: folders, .gguf files, hub names or `mtp`, separated by commas -> drafters by name.
+def find_drafters(
+    draft_model: str, target: Checkpoint | None, config: TransformerConfig
+) -> tuple[Found, ...]:
+    """`draft_model`: folders, .gguf files, hub names or `mtp`, separated by commas; empty: none. `target`, of
+    shape `config`; None: it was made from no files.
 
-    Raises CheckpointError for what is no drafter for this target, for two of one kind, and, before anything
-    is allocated for it, for what does not fit into its part of the memory that is free.
+    Raises CheckpointError for what is no drafter for this target, and for two of one kind.
     """
-    found: dict[Kind, _Found] = {}
-    for source in (name.strip() for name in draft_model.split(",")):
-        one = _find(source)
+    found: dict[Kind, Found] = {}
+    for source in (name.strip() for name in draft_model.split(",")) if draft_model else ():
+        if not source:
+            raise CheckpointError("draft_model: a name is empty; names are separated by single commas")
+        try:
+            one = _find(source, target, config)
+        except CheckpointError as error:
+            raise CheckpointError(f"draft_model: {error} (name another there, or none)") from error
         if one.kind in found:
             raise CheckpointError(
                 f"draft_model: '{found[one.kind].source}' and '{source}' are both drafters of the kind "
                 f"'{one.kind}': name one of them"
             )
         found[one.kind] = one
-    return {kind.value: _load(one, around, free_bytes // len(found)) for kind, one in found.items()}
+    return tuple(found.values())
+
+
+def load_drafters(found: tuple[Found, ...], around: Surroundings, free_bytes: int) -> dict[str, Drafter]:
+    """Drafters by name. Raises CheckpointError for tensors that do not fit the target and, before anything is
+    allocated for it, for what does not fit into its part of the memory that is free."""
+    return {one.kind.value: _load(one, around, free_bytes // len(found)) for one in found}
 
 
 def kind_of(folder: Path, config: Mapping[str, Any]) -> Kind:
@@ -98,79 +121,63 @@ def kind_of(folder: Path, config: Mapping[str, Any]) -> Kind:
     return Kind.EAGLE if eagle.is_eagle(folder) else Kind.MODEL
 
 
-def _find(source: str) -> _Found:
+def _find(source: str, target: Checkpoint | None, config: TransformerConfig) -> Found:
     if source == OWN_HEADS:
-        return _Found(source, Kind.MTP)
-    if not source:
-        raise CheckpointError("draft_model: a name is empty; names are separated by single commas")
-    path = named_path(source, "draft_model")
+        return Found(source, Kind.MTP, mtp.find_own(target, config), 0)
+    path = named_path(source)
     if not path.is_dir():
         if path.exists() or path.suffix == ".gguf" or source == embedded.NAME or not hub.is_hub_name(source):
-            return _Found(source, Kind.MODEL)  # `locate` says what is wrong with other files and names
+            return _model(source, source, {}, target, config)  # `locate` says what is wrong with other names
         path = hub.fetch(source)
-    config = read_json_object(path / "config.json")
-    return _Found(source, kind_of(path, config), path, config)
+    fields = read_json_object(path / "config.json")
+    kind = kind_of(path, fields)
+    if kind in (Kind.MODEL, Kind.PARD):
+        return _model(source, str(path), fields, target, config, kind)
+    tensors = read_folder(path).values()
+    size_bytes = sum(tensor.num_bytes for tensor in tensors)
+    return Found(
+        source, kind, _HEADS[kind](path, fields, config), size_bytes, sum(prod(one.shape) for one in tensors)
+    )
 
 
-def _load(found: _Found, around: Surroundings, free_bytes: int) -> Drafter:
-    started = time.perf_counter()
-    if found.source == OWN_HEADS:
-        drafter: Drafter = mtp.load_mtp(around, free_bytes)
-        size = "heads of the model's own checkpoint"
-    elif found.kind in (Kind.MODEL, Kind.PARD):
-        checkpoint = locate(str(found.folder or found.source))
-        drafter = _model(found, checkpoint, around, free_bytes)
-        size = f"{found.source} ({checkpoint.size_bytes / 1e6:.1f} MB)"
-    else:
-        num_bytes = _head_bytes(found, around, free_bytes)
-        drafter = _head(found, around, free_bytes - num_bytes)
-        size = f"{found.source} ({num_bytes / 1e6:.1f} MB)"
-    logger.info("drafter %s: %s, ready in %.2f s", found.kind, size, time.perf_counter() - started)
-    return drafter
-
-
-def _model(found: _Found, checkpoint: Checkpoint, around: Surroundings, free_bytes: int) -> Drafter:
+def _model(
+    source: str,
+    place: str,
+    fields: Mapping[str, Any],
+    target: Checkpoint | None,
+    config: TransformerConfig,
+    kind: Kind = Kind.MODEL,
+) -> Found:
     """A whole model, with a vocabulary of its own."""
-    is_same = same_vocabulary(checkpoint, around.checkpoint, around.model.config.vocab_size)
-    if found.kind is Kind.MODEL and is_same:
-        return small_model.load(checkpoint, around, free_bytes)
-    if found.kind is Kind.MODEL:
-        return other_vocabulary.load(checkpoint, around, free_bytes)
-    if not is_same:
-        raise CheckpointError(
-            f"{found.source}: a PARD model with a vocabulary other than the model's: take one of its family"
-        )
-    assert found.config is not None, "known by its config.json"
-    return pard.load(checkpoint, found.config, around, free_bytes)
+    checkpoint = locate(place)
+    is_same = same_vocabulary(checkpoint, target, config.vocab_size)
+    load: Loader
+    if kind is Kind.PARD:
+        if not is_same:
+            raise CheckpointError(
+                f"{source}: a PARD model with a vocabulary other than the model's: take one of its family"
+            )
+        load = pard.find(checkpoint, fields)
+    elif is_same:
+        load = partial(small_model.load, checkpoint)
+    else:
+        load = other_vocabulary.find(checkpoint, target)
+    return Found(source, kind, load, checkpoint.size_bytes)
 
 
-def _head(found: _Found, around: Surroundings, free_bytes: int) -> Drafter:
-    """Layers that build on the target's hidden states."""
-    folder, config = found.folder, found.config
-    assert folder is not None, "heads are in folders"
-    assert config is not None, "known by its config.json"
-    match found.kind:
-        case Kind.MEDUSA:
-            return medusa.load(folder, config, around)
-        case Kind.EAGLE:
-            return eagle.load(folder, config, around, free_bytes)
-        case Kind.MTP:
-            return mtp.load(folder, config, around, free_bytes)
-        case _:
-            return dflash.load(folder, config, around, free_bytes)
-
-
-def _head_bytes(found: _Found, around: Surroundings, free_bytes: int) -> int:
-    """What the tensors of the folder take in memory. Raises CheckpointError where there is not so much."""
-    assert found.folder is not None, "heads are in folders"
-    values = sum(prod(tensor.shape) for tensor in read_folder(found.folder).values())
-    num_bytes = values * around.dtype.itemsize
+def _load(found: Found, around: Surroundings, free_bytes: int) -> Drafter:
+    started = time.perf_counter()
+    num_bytes = found.num_values * around.dtype.itemsize
     if num_bytes > free_bytes:
         raise CheckpointError(
             f"{found.source}: its weights take {num_bytes} bytes, {max(free_bytes, 0)} are free for it: "
             f"lower kv_cache_bytes, or draft without it"
         )
-    return num_bytes
+    drafter = found.load(around, free_bytes - num_bytes)
+    size = f"({found.size_bytes / 1e6:.1f} MB)" if found.size_bytes else "of the model's own checkpoint"
+    took_s = time.perf_counter() - started
+    logger.info("drafter %s: %s %s, ready in %.2f s", found.kind, found.source, size, took_s)
+    return drafter
 
 
 def _listed(value: object) -> list[object]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import engine.sizing
 from engine.building import build_engine
@@ -60,11 +61,23 @@ def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatc
 def test_the_engine_says_which_drafters_it_has_and_its_default_must_be_one() -> None:
     built = build_engine(config(drafter="skipped_layers"))
     built.core.close()
-    assert {*LIGHT, "skipped_layers"} <= set(built.ready.drafters)
+    assert set(built.ready.drafters) == {*LIGHT, "skipped_layers"}
+
+
+def test_drafters_that_cannot_be_loaded_are_refused_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(MappedFiles, "open", None)
     with pytest.raises(
         EngineConfigError, match=r"drafter medusa is not loaded: .*draft_model.*auto, prompt_lookup"
     ):
         build_engine(config(drafter="medusa"))
+    with pytest.raises(CheckpointError, match=r"draft_model: '/nowhere/at/all' is no folder.*or none"):
+        build_engine(config(draft_model="/nowhere/at/all"))
+    (tmp_path / "config.json").write_text('{"medusa_num_heads": 3, "hidden_size": 64}')
+    save_file({"0.0.linear.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"draft_model: .* hidden_size = 64, the model has 576"):
+        build_engine(config(draft_model=str(tmp_path)))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ WIDTH = 8  # candidates for a place
 def find(
     folder: Path, config_json: Mapping[str, Any], target: TransformerConfig
 ) -> Callable[[Surroundings, int], Medusa]:
-    """Headers only -> what loads the heads. Raises CheckpointError for those of another model or of an unknown
-    form."""
+    """Headers only -> what loads the heads. Raises CheckpointError for those of another model or of an
+    unknown form."""
     return partial(_load, read_form(folder, config_json, target))
 
 

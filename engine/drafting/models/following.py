@@ -3,7 +3,8 @@
 Between two guesses a sequence grows, by drafts of this model or of others: what of the model's own tree
 stood stays in the KV, and the tokens that are missing are computed with the next guess. How many are is
 bounded, and who lacks least comes first: a long prompt is caught up with over several guesses, and delays
-nobody.
+nobody. Where the text has gone a way that the tree had grown beyond, nothing is missing: what grew there is
+the beginning of the next tree.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting.draft_kv import TREE_SLOTS, DraftPiece
+from engine.drafting.guess import ROOT
 from scheduler.types import Visibility
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ LONG = 128  # who lacks more tokens gets its drafts with the next guess: then al
 
 class Stretch(NamedTuple):
     """Committed tokens `start .. end` of a sequence, as the draft model reads them, to be computed now;
-    `limit` drafts may follow where it `catches_up`: no committed token is behind them, and they are few."""
+    `limit` drafts may follow where it `catches_up`: no committed token is behind them, and they are few. There
+    are none where a tree has grown behind the last one already."""
 
     want: Want
     start: int
@@ -63,12 +66,18 @@ class Following:
         roomy = self.kv.reserve(
             (want.sequence.seq_id, len(self.text(want.sequence)) + TREE_SLOTS) for want in able
         )
+        for want in wants:
+            if want.sequence.seq_id not in roomy:
+                self._trees.pop(want.sequence.seq_id, None)
         found: list[Stretch] = []
         left = CATCH_UP_TOKENS
         for want in able:
-            if want.sequence.seq_id in roomy and left:
+            num_tokens = len(self.text(want.sequence))
+            if self.grown(want.sequence) is not None:
+                limit = min(want.limit, TREE_SLOTS)
+                found.append(Stretch(want, num_tokens, num_tokens, limit, catches_up=True))
+            elif want.sequence.seq_id in roomy and left:
                 lacks = self._num_lacking(want)  # more than before if it lost its pages, and got new ones
-                num_tokens = len(self.text(want.sequence))
                 start = num_tokens - lacks
                 end = start + min(lacks, left)
                 left -= end - start
@@ -93,6 +102,13 @@ class Following:
     def plant(self, stretch: Stretch, tree: GrowingTree) -> None:
         """The tree begins behind the stretch, which was computed."""
         self._trees[stretch.seq_id] = stretch.end, tree
+
+    def grown(self, sequence: Sequence) -> GrowingTree | None:
+        """The tree that has grown behind the last token of the text, if the KV of both is there."""
+        begin, tree = self._trees.get(sequence.seq_id, (0, None))
+        if tree is None or begin != len(self.text(sequence)):
+            return None
+        return tree if self.kv.length(sequence.seq_id) == begin + len(tree.computed) else None
 
     def nodes(self, seq_id: int, nodes: SequenceOf[int]) -> DraftPiece:
         """Nodes of the planted tree, with logits of each."""
@@ -128,15 +144,24 @@ class Following:
         self.kv.release(seq_id)
 
     def _settle(self, wants: SequenceOf[Want]) -> None:
-        """Of the trees of the last guesses only the nodes that stood remain."""
+        """Of the trees of the last guesses only the nodes that stood remain, and what grew behind the text
+        that is there now."""
         paths = []
         for want in wants:
-            sequence = want.sequence
-            begin, tree = self._trees.pop(sequence.seq_id, (0, None))
-            if tree is not None:
-                path = tree.followed(sequence.tokens[begin:])
-                if self.kv.length(sequence.seq_id) > begin:  # else it has lost its pages, or nothing is there
-                    paths.append((sequence.seq_id, begin, path))
+            seq_id, tokens = want.sequence.seq_id, want.sequence.tokens
+            begin, tree = self._trees.pop(seq_id, (0, None))
+            if tree is None:
+                continue
+            taken = tree.followed(tokens[begin:])
+            kept = tree.slots(taken)
+            if self.kv.length(seq_id) != begin + len(tree.computed):
+                continue  # it has lost its pages
+            if begin + len(kept) == len(tokens):
+                rest, slots = tree.below(taken[-1] if taken else ROOT, min(want.limit, TREE_SLOTS))
+                if rest.nodes:
+                    self._trees[seq_id] = len(tokens), rest
+                    kept += slots
+            paths.append((seq_id, begin, kept))
         self.kv.keep(paths)
 
     def _num_lacking(self, want: Want) -> int:

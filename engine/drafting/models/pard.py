@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 MAX_MASKS = 11  # published models were taught to guess 8 to 16 tokens
 
 
-def find(
-    checkpoint: Checkpoint, config_json: Mapping[str, Any]
-) -> Callable[[Surroundings, int], Pard]:
+def find(checkpoint: Checkpoint, config_json: Mapping[str, Any]) -> Callable[[Surroundings, int], Pard]:
     """Its configuration only -> what loads it. PARD-2's models too, which may look at the target's hidden
     states and draft without. Raises CheckpointError for what is none."""
     mask_token = Fields(f"{checkpoint.path}: config.json", config_json).count("pard_token", least=0)

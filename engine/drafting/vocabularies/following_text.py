@@ -123,7 +123,7 @@ class FollowingText(Following):
         begin, tree = self._trees.pop(seq_id, (0, None))
         if tree is None:
             return said
-        path = tree.followed(sequence.tokens[self._planted_at[seq_id] :])
+        path = tree.slots(tree.followed(sequence.tokens[self._planted_at[seq_id] :]))
         if said or self.kv.length(seq_id) <= begin:
             return said
         self.kv.keep([(seq_id, begin, path)])

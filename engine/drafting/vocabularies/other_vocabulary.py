@@ -43,9 +43,7 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 
-def find(
-    checkpoint: Checkpoint, target: Checkpoint | None
-) -> Callable[[Surroundings, int], OtherVocabulary]:
+def find(checkpoint: Checkpoint, target: Checkpoint | None) -> Callable[[Surroundings, int], OtherVocabulary]:
     """The vocabularies only -> what loads the model. Raises CheckpointError for those that cannot be read."""
     if target is None:
         raise CheckpointError(f"{checkpoint.path}: the target has no vocabulary to compare this one with")

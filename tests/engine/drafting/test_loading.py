@@ -13,7 +13,7 @@ from cuda_kernels.ops import pick
 from engine.batch import BatchBuilder
 from engine.checkpoint import CheckpointError
 from engine.drafting.guess import Want
-from engine.drafting.loading import Kind, kind_of, load_drafters
+from engine.drafting.loading import Kind, find_drafters, kind_of, load_drafters
 from engine.drafting.models.small_model import SmallModel
 from engine.drafting.surroundings import Surroundings
 from engine.kv_storage import KVStorage
@@ -25,9 +25,11 @@ from tests.engine.weights.stored import write
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from engine.drafting.guess import Drafter
     from engine.models.config import TransformerConfig
 
 FREE = 2**28
+DFLASH = {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"}
 
 
 @pytest.fixture
@@ -47,6 +49,11 @@ def around() -> Surroundings:
     )
 
 
+def drafters_of(draft_model: str, around: Surroundings, free_bytes: int) -> dict[str, Drafter]:
+    found = find_drafters(draft_model, around.checkpoint, around.model.config)
+    return load_drafters(found, around, free_bytes)
+
+
 def folder(tmp_path: Path, name: str, config: TransformerConfig = TINY, **fields: Any) -> Path:
     made = tmp_path / name
     made.mkdir()
@@ -56,7 +63,7 @@ def folder(tmp_path: Path, name: str, config: TransformerConfig = TINY, **fields
 def test_an_ordinary_folder_drafts_as_what_it_is(tmp_path, around, caplog):
     smaller = replace(TINY, layers=TINY.layers[:1], max_positions=200)
     with caplog.at_level(logging.INFO, "octavo.engine"):
-        drafters = load_drafters(str(folder(tmp_path, "small", smaller)), around, FREE)
+        drafters = drafters_of(str(folder(tmp_path, "small", smaller)), around, FREE)
     assert list(drafters) == ["model"]
     drafter = drafters["model"]
     assert isinstance(drafter, SmallModel)
@@ -74,19 +81,19 @@ def test_an_ordinary_folder_drafts_as_what_it_is(tmp_path, around, caplog):
 
 def test_pard_is_known_by_its_mask_token(tmp_path, around):
     one = folder(tmp_path, "pard", pard_token=299, spd_type="pard")
-    (drafter,) = load_drafters(str(one), around, FREE).values()
+    (drafter,) = drafters_of(str(one), around, FREE).values()
     assert drafter.guess([Want(sequence([5, 6, 7]), 8)])[0].tokens
     with pytest.raises(CheckpointError, match="pard_token = 300, but the model knows 300"):
-        load_drafters(str(folder(tmp_path, "bad", pard_token=300)), around, FREE)
+        drafters_of(str(folder(tmp_path, "bad", pard_token=300)), around, FREE)
     with pytest.raises(CheckpointError, match="lacks pard_token"):
-        load_drafters(str(folder(tmp_path, "worse", spd_type="pard")), around, FREE)
+        drafters_of(str(folder(tmp_path, "worse", spd_type="pard")), around, FREE)
 
 
 def test_several_drafters_of_different_kinds_are_loaded_and_two_of_one_kind_refused(tmp_path, around):
     small, pard = folder(tmp_path, "small"), folder(tmp_path, "pard", pard_token=7)
-    assert list(load_drafters(f"{small} , {pard}", around, FREE)) == ["model", "pard"]
+    assert list(drafters_of(f"{small} , {pard}", around, FREE)) == ["model", "pard"]
     with pytest.raises(CheckpointError, match=r"'model': name one of them") as refused:
-        load_drafters(f"{small},{pard},{small}", around, FREE)
+        drafters_of(f"{small},{pard},{small}", around, FREE)
     assert "\n" not in str(refused.value)
 
 
@@ -125,28 +132,28 @@ def test_unknown_speculators_are_refused(tmp_path):
 def test_another_vocabulary_that_cannot_be_read_is_refused(tmp_path, around):
     fewer = replace(TINY, vocab_size=280)
     with pytest.raises(CheckpointError, match="vocabulary"):
-        load_drafters(str(folder(tmp_path, "other", fewer)), around, FREE)
+        drafters_of(str(folder(tmp_path, "other", fewer)), around, FREE)
     with pytest.raises(CheckpointError, match="take one of its family"):
-        load_drafters(str(folder(tmp_path, "pard", fewer, pard_token=3)), around, FREE)
+        drafters_of(str(folder(tmp_path, "pard", fewer, pard_token=3)), around, FREE)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_read(tmp_path, around):
     one = folder(tmp_path, "small")
     with pytest.raises(CheckpointError, match="are free"):
-        load_drafters(str(one), around, 2**17)
+        drafters_of(str(one), around, 2**17)
     with pytest.raises(CheckpointError, match="KV of a draft model"):
-        load_drafters(str(one), around, 2**19)
+        drafters_of(str(one), around, 2**19)
     heads = tmp_path / "heads"
     heads.mkdir()
-    write(heads, {"fc.weight": torch.ones(48, 96)}, {"architectures": ["LlamaForCausalLMEagle3"]})
+    write(heads, {"fc.weight": torch.ones(48, 96)}, config_json(TINY) | {"eagle_config": {}})
     with pytest.raises(CheckpointError, match="weights take 18432 bytes, 1000 are free"):
-        load_drafters(str(heads), around, 1000)
+        drafters_of(str(heads), around, 1000)
 
 
 @pytest.mark.parametrize(
     ("name", "cause"),
     [
-        ("", "a name is empty"),
+        (" ", "a name is empty"),
         ("nothing/here/at/all", "is no folder, no .gguf file and no hub name"),
         ("mtp", "multi-token prediction"),
         ("{tmp}/file.txt", "a file that is not .gguf"),
@@ -154,8 +161,34 @@ def test_what_does_not_fit_is_refused_before_it_is_read(tmp_path, around):
         ("{tmp}", "config.json"),
     ],
 )
-def test_names_that_are_no_drafter(tmp_path, around, name, cause):
+def test_names_that_are_no_drafter(tmp_path, name, cause):
     (tmp_path / "file.txt").write_text("x")
     with pytest.raises(CheckpointError, match=cause) as refused:
-        load_drafters(name.format(tmp=tmp_path), around, FREE)
+        find_drafters(name.format(tmp=tmp_path), None, TINY)
     assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith("draft_model: ")
+
+
+def test_none_are_found_where_none_are_named():
+    assert find_drafters("", None, TINY) == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause"),
+    [
+        ({"eagle_config": {}, "hidden_size": 64}, "hidden_size = 64, this one has 48"),
+        ({"speculators_model_type": "mtp"}, "no multi-token prediction head is there"),
+        ({"medusa_num_heads": 3, "vocab_size": 9}, "vocab_size = 9, the model has 300: take heads"),
+        (DFLASH | {"num_target_layers": 7}, "is for a model of 7 layers, this one has 2"),
+        ({"pard_token": 300}, "pard_token = 300, but the model knows 300"),
+        ({"speculators_model_type": "mlp"}, "'mlp' is not supported"),
+        ({"architectures": ["RWKV"]}, "'RWKV'. is not supported"),
+    ],
+)
+def test_drafters_of_another_target_are_refused_by_their_headers(tmp_path, fields, cause):
+    """There is no target yet, but for its shape."""
+    made = folder(tmp_path, "draft", **fields)
+    with pytest.raises(CheckpointError, match=cause) as refused:
+        find_drafters(str(made), None, TINY)
+    assert str(refused.value).startswith("draft_model: ")
+    assert "name another there, or none" in str(refused.value)

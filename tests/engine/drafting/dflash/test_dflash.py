@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.drafting.dflash.drafter import load
+from engine.drafting.dflash.drafter import find
 from engine.drafting.dflash.heads import BlockHeads
 from engine.drafting.guess import CATCHING_UP, NO_GUESS, Seen, Want
 from engine.models.transformer import NORMED
@@ -45,7 +45,8 @@ def around():
 
 
 def drafter_of(folder, config, around, found=None):
-    return load(written(folder, config, found or tensors(config)), config, around, FREE)
+    made = written(folder, config, found or tensors(config))
+    return find(made, config, around.model.config)(around, FREE)
 
 
 def reference(config, around, found=None):
@@ -307,7 +308,7 @@ def test_limits_are_kept_and_what_is_not_finite_is_not_drafted(tmp_path, around)
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path, around, base, config, complaint):
     folder = written(tmp_path, base | config, tensors(base))
     with pytest.raises(CheckpointError, match=complaint) as refusal:
-        load(folder, base | config, around, FREE)
+        find(folder, base | config, around.model.config)(around, FREE)
     assert "\n" not in str(refusal.value)
     assert str(tmp_path) in str(refusal.value)
 

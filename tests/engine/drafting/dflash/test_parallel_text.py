@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from engine.drafting.dflash.drafter import load as load_dflash
+from engine.drafting.dflash.drafter import find
 from engine.drafting.dflash.layers import BlockLayers
 from engine.drafting.heads.medusa import Medusa
 from engine.drafting.heads.medusa_weights import Block, MedusaWeights
@@ -38,7 +38,8 @@ def medusa(around, vocabularies=None):
 
 
 def dflash(folder, config, around, found=None):
-    return load_dflash(written(folder, config, found or tensors(config)), config, around, FREE)
+    made = written(folder, config, found or tensors(config))
+    return find(made, config, around.model.config)(around, FREE)
 
 
 def asked(method, names=("greedy", "warm", "hot"), **fields):

@@ -105,7 +105,7 @@ def checked_core(kind, folder, **settings):
 
     def drafters(around):
         module = mtp if kind == "mtp" else eagle
-        drafter = module.load(folder, config, around, FREE_BYTES)
+        drafter = module.find(folder, config, around.model.config)(around, FREE_BYTES)
         drafter.cost = 0.02
         found.append(Checked(drafter, Definition(kind, tensors, config, around.model)))
         return {kind: found[0]}
@@ -201,7 +201,7 @@ def test_a_target_that_brings_its_head_along(tmp_path):
     loaded = load_weights(checkpoint, torch.float32, CPU)
 
     def drafters(around):
-        drafter = mtp.load_mtp(replace(around, checkpoint=checkpoint), FREE_BYTES)
+        drafter = mtp.find_own(checkpoint, around.model.config)(around, FREE_BYTES)
         return {"mtp": Checked(drafter, Definition("mtp", made, {}, around.model))}
 
     core = core_around(checkpoint.transformer, loaded, SETTINGS, drafters=drafters)
@@ -250,7 +250,7 @@ def small(tmp_path):
     around = surroundings()
     tensors, config = MADE["eagle3"]
     folder, config = written(tmp_path, tensors, **LLAMA | config)
-    drafter = eagle.load(folder, config, around, FREE_BYTES)
+    drafter = eagle.find(folder, config, around.model.config)(around, FREE_BYTES)
     drafter.cost = 0.0
     return drafter, Definition("eagle3", tensors, config, around.model)
 

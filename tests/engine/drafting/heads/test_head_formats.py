@@ -31,6 +31,14 @@ def around():
     return surroundings()
 
 
+def load(module, folder, config, around, free_bytes=FREE_BYTES):
+    return module.find(folder, config, around.model.config)(around, free_bytes)
+
+
+def load_own(around, free_bytes=FREE_BYTES):
+    return mtp.find_own(around.checkpoint, around.model.config)(around, free_bytes)
+
+
 def complaint_of(load, *args):
     with pytest.raises(CheckpointError) as caught:
         load(*args)
@@ -66,7 +74,7 @@ def complaint_of(load, *args):
 )
 def test_configurations_of_eagle3_that_do_not_fit(config, complaint, around, tmp_path):
     folder, config = written(tmp_path, eagle3_tensors(), **LLAMA | IDS | config)
-    said = complaint_of(eagle.load, folder, config, around, FREE_BYTES)
+    said = complaint_of(load, eagle, folder, config, around)
     assert complaint in said
     assert str(folder) in said
 
@@ -95,9 +103,9 @@ def test_tensors_of_eagle3_that_do_not_fit(change, complaint, around, tmp_path):
     made = {name: value for name, value in (eagle3_tensors() | change).items() if value is not None}
     folder, config = written(tmp_path, made, **LLAMA | IDS)
     if complaint is None:
-        eagle.load(folder, config, around, FREE_BYTES)
+        load(eagle, folder, config, around)
     else:
-        assert complaint in complaint_of(eagle.load, folder, config, around, FREE_BYTES)
+        assert complaint in complaint_of(load, eagle, folder, config, around)
 
 
 @pytest.mark.parametrize(
@@ -115,27 +123,27 @@ def test_tensors_of_eagle3_that_do_not_fit(change, complaint, around, tmp_path):
 def test_eagle_that_does_not_fit(change, config, complaint, around, tmp_path):
     made = {name: value for name, value in (eagle_tensors() | change).items() if value is not None}
     folder, config = written(tmp_path, made, **LLAMA | config)
-    assert complaint in complaint_of(eagle.load, folder, config, around, FREE_BYTES)
+    assert complaint in complaint_of(load, eagle, folder, config, around)
 
 
 def test_a_norm_that_nobody_uses_may_be_stored(around, tmp_path):
     made = eagle_tensors() | {"layers.0.input_layernorm.weight": torch.ones(HIDDEN)}
     folder, config = written(tmp_path, made, **LLAMA)
-    assert eagle.load(folder, config, around, FREE_BYTES).head.layers.weights[0].attention_norm is None
+    assert load(eagle, folder, config, around).head.layers.weights[0].attention_norm is None
 
 
 def test_a_pickled_head_is_never_opened(around, tmp_path):
     folder, config = written(tmp_path, {}, **LLAMA)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"never read")
-    for said in (complaint_of(eagle.load, folder, config, around, 1), complaint_of(eagle.is_eagle, folder)):
+    for said in (complaint_of(load, eagle, folder, config, around, 1), complaint_of(eagle.is_eagle, folder)):
         assert "pytorch_model.bin is pickled" in said
         assert "convert it" in said
 
 
 def test_without_room_for_its_kv(around, tmp_path):
     folder, config = written(tmp_path, eagle_tensors(), **LLAMA)
-    assert "the KV of a draft model takes" in complaint_of(eagle.load, folder, config, around, 4096)
+    assert "the KV of a draft model takes" in complaint_of(load, eagle, folder, config, around, 4096)
 
 
 @pytest.mark.parametrize(
@@ -176,23 +184,23 @@ def in_target(around, folder, tensors):
 )
 def test_heads_in_the_target_that_do_not_fit(change, complaint, around, tmp_path):
     made = {name: value for name, value in (mtp_tensors() | change).items() if value is not None}
-    said = complaint_of(mtp.load_mtp, in_target(around, tmp_path, made), FREE_BYTES)
+    said = complaint_of(load_own, in_target(around, tmp_path, made))
     assert complaint in said
     assert "draft without" in said or "tensor" in said
 
 
 def test_where_there_are_no_heads(around):
-    assert "none: draft without 'mtp'" in complaint_of(mtp.load_mtp, around, FREE_BYTES)
+    assert "none: draft without 'mtp'" in complaint_of(load_own, around)
     gguf = replace(around, checkpoint=SimpleNamespace(path="a.gguf", kind=CheckpointKind.GGUF))
-    assert "a.gguf: multi-token" in complaint_of(mtp.load_mtp, gguf, FREE_BYTES)
+    assert "a.gguf: multi-token" in complaint_of(load_own, gguf)
 
 
 def test_heads_in_the_target_need_room(around, tmp_path):
     target = in_target(around, tmp_path, mtp_tensors())
-    assert "bytes" in complaint_of(mtp.load_mtp, target, 10_000)
+    assert "bytes" in complaint_of(load_own, target, 10_000)
 
 
 def test_a_head_of_another_model(around, tmp_path):
     config = {"transformer_layer_config": LLAMA | {"hidden_size": 96}}
     folder, config = written(tmp_path, mtp_tensors(), **config)
-    assert "hidden_size = 96, the model has 48" in complaint_of(mtp.load, folder, config, around, FREE_BYTES)
+    assert "hidden_size = 96, the model has 48" in complaint_of(load, mtp, folder, config, around)

@@ -49,7 +49,7 @@ def target_with(around, tmp_path, tensors):
 
 
 def loaded(folder, config, around):
-    drafter = eagle.load(folder, config, around, FREE_BYTES)
+    drafter = eagle.find(folder, config, around.model.config)(around, FREE_BYTES)
     drafter.cost = 0.0  # a tree is as deep as it may be
     return drafter
 
@@ -183,7 +183,7 @@ def qwen(tensors, _config):
 def test_mtp(spell, around, tmp_path):
     made = mtp_tensors()
     target = target_with(around, tmp_path, spell(made, None))
-    drafter = mtp.load_mtp(target, FREE_BYTES)
+    drafter = mtp.find_own(target.checkpoint, target.model.config)(target, FREE_BYTES)
     drafter.cost = 0.0
     assert_right(drafter, "mtp", made, {}, target)
 
@@ -192,7 +192,7 @@ def test_mtp_as_speculators_writes_it(around, tmp_path):
     made = mtp_tensors()
     stored = renamed(made, MIMO, *["mtp_layers.0."] * 2)
     folder, config = written(tmp_path, stored, speculators_model_type="mtp", transformer_layer_config=LLAMA)
-    drafter = mtp.load(folder, config, around, FREE_BYTES)
+    drafter = mtp.find(folder, config, around.model.config)(around, FREE_BYTES)
     drafter.cost = 0.0
     assert_right(drafter, "mtp", made, {}, around)
 
@@ -224,7 +224,7 @@ def test_mtp_with_experts(tmp_path):
         made |= {f"{at}{name}_proj.weight": numbers(24, HIDDEN) for name in ("gate", "up")}
         made[f"{at}down_proj.weight"] = numbers(HIDDEN, 24)
     target = target_with(expert_target(), tmp_path, deepseek(made, None))
-    drafter = mtp.load_mtp(target, FREE_BYTES)
+    drafter = mtp.find_own(target.checkpoint, target.model.config)(target, FREE_BYTES)
     drafter.cost = 0.0
     assert_right(drafter, "mtp", made, {}, target)
 
@@ -235,7 +235,7 @@ def test_in_halves(kind, tmp_path):
     around = surroundings(dtype=torch.bfloat16)
     if kind == "mtp":
         around = target_with(around, tmp_path, qwen(mtp_tensors(), None))
-        drafter = mtp.load_mtp(around, FREE_BYTES)
+        drafter = mtp.find_own(around.checkpoint, around.model.config)(around, FREE_BYTES)
     else:
         made = eagle_tensors() if kind == "eagle" else eagle3_tensors(known=80, norms="each")
         drafter = loaded(*written(tmp_path, made, **LLAMA | IDS), around)

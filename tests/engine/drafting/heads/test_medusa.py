@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from engine.drafting.guess import NO_GUESS, Seen, Want
-from engine.drafting.heads.medusa import load
+from engine.drafting.heads.medusa import find
 from engine.weights.errors import CheckpointError
 from tests.engine.drafting.heads.targets import sequence as one_sequence
 from tests.engine.drafting.heads.targets import surroundings
@@ -55,6 +55,10 @@ def others(blocks, vocabularies, prefix=""):
         tensors[f"{prefix}blocks.{head}.layers.{block}.weight"] = weight
         tensors[f"{prefix}blocks.{head}.layers.{block}.bias"] = bias
     return tensors | {f"{prefix}lm_heads.{head}.weight": value for head, value in vocabularies.items()}
+
+
+def load(folder, config, around):
+    return find(folder, config, around.model.config)(around, 0)
 
 
 def written(folder, tensors, file="model.safetensors", **config):

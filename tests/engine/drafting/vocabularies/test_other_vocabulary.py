@@ -15,7 +15,7 @@ from engine.drafting.guess import CATCHING_UP, NO_GUESS, Want
 from engine.drafting.models import following
 from engine.drafting.models.draft_model import DraftModel
 from engine.drafting.vocabularies import following_text
-from engine.drafting.vocabularies.other_vocabulary import OtherVocabulary, load
+from engine.drafting.vocabularies.other_vocabulary import OtherVocabulary, find
 from engine.drafting.vocabularies.vocabulary_map import VocabularyMap
 from engine.messages import Submit
 from engine.models.transformer import Transformer
@@ -272,11 +272,11 @@ def checkpoint(tmp_path, name, size, special):
 def test_a_folder_is_loaded_and_drafts(tmp_path):
     target = checkpoint(tmp_path, "target", 400, ("<|end|>",))
     around = replace(surroundings(replace(TINY, vocab_size=400)), checkpoint=target)
-    made = load(checkpoint(tmp_path, "draft", 350, ("<|stop|>",)), around, FREE)
+    made = find(checkpoint(tmp_path, "draft", 350, ("<|stop|>",)), target)(around, FREE)
     wants = [Want(sequence([50, 60, 70], number, temperature=float(number)), 4) for number in range(2)]
     assert all(guess.tokens for guess in made.guess(wants))
     with pytest.raises(CheckpointError, match="no vocabulary to compare"):
-        load(target, replace(around, checkpoint=None), FREE)
+        find(target, None)
     (target.path / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="tokeniser's file is missing"):
-        load(target, around, FREE)
+        find(target, target)
