@@ -121,6 +121,12 @@ class BatchBuilder:
             tables, sources, targets = np.array(found, dtype=np.int64).T
             storage.move(self._cells(tables, sources), self._cells(tables, targets))
 
+    def clear(self, storage: KVStorage, pieces: SequenceOf[Slice]) -> None:
+        """The KV of these slices, in every layer, becomes zero."""
+        for piece in pieces:
+            slots = np.arange(piece.start, piece.start + len(piece.tokens))
+            storage.clear_slots(self._cells(np.full_like(slots, self._row_of[piece.seq_id]), slots))
+
     def _cells(self, tables: NDArray[np.int64], slots: NDArray[np.int64]) -> torch.Tensor:
         """Slots of sequences -> flat rows in [num_pages, Hkv, page_size], those of every group and head."""
         num_groups = len(self.groups)

@@ -62,6 +62,10 @@ class KVStorage:
         read before any is written, so sources may be targets."""
         self._slots.index_copy_(1, targets, self._slots.index_select(1, sources))
 
+    def clear_slots(self, slots: torch.Tensor) -> None:
+        """Of flat rows of [num_pages, Hkv, page_size], in every layer of their pages."""
+        self._slots.index_fill_(1, slots, 0)
+
     def clear(self, pages: list[int]) -> None:
         index = torch.tensor(pages, dtype=torch.int64, device=self.pages.device)
         self.pages.index_fill_(0, index, 0)

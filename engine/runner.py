@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one per committed token
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     refused: bool = False  # with an error: the request is at fault
-    seen: Computed | None = None  # None where the slice has failed
+    seen: Computed | None = None  # None where nothing of the slice counts
 
 
 class _Work(NamedTuple):
@@ -110,6 +110,8 @@ class Runner:
             outcomes.append(self._outcome(work, logits, drawn, used))
             used += len(work.places)
         self._gather_kept(plan, outcomes)
+        pieces = zip(plan.slices, outcomes, strict=True)
+        self.batches.clear(self.storage, [piece for piece, outcome in pieces if outcome.advance.spoiled])
         return tuple(outcomes)
 
     def _gather_kept(self, plan: StepPlan, outcomes: list[Outcome]) -> None:
@@ -165,9 +167,13 @@ class Runner:
             advance = Advance(piece.seq_id, (), known, sequence.window)
             return Outcome(advance, prompt_logprobs=scored, seen=Computed(work.features))
         errors = drawn.errors_of(used, len(work.places))
+        guesses = bool(piece.num_window) and sequence.window.optional
+        if guesses and any(error.cause == NOT_FINITE for error in errors.values()):
+            # Of a guess where plain decoding may never come; masked or not, it may be in every row.
+            return Outcome(Advance(piece.seq_id, (), 0, spoiled=True))
         for row, error in errors.items():
             # After a guess nothing is wrong yet: plain decoding may never come there.
-            if row == 0 or error.cause == NOT_FINITE or not sequence.window.optional:
+            if row == 0 or not guesses:
                 self.storage.tainted |= error.cause == NOT_FINITE
                 failed = Advance(piece.seq_id, (), known, error=error.cause)
                 return Outcome(failed, refused=error.refused)

@@ -109,7 +109,8 @@ class Advance(NamedTuple):
     `committed` are 0..n newly committed tokens; of the slice's slots the first `num_valid` hold KV
     that stays valid (at least the committed tokens of the slice, plus the accepted part of its
     window); `window` is what the sequence wants computed next beyond its committed tokens. `error`
-    ends the sequence alone: its pages of this step are not offered to anyone.
+    ends the sequence alone: its pages of this step are not offered to anyone. `spoiled`: guesses in the
+    window have spoiled the slice: nothing of it counts, and it is computed again without any.
     """
 
     seq_id: int
@@ -117,6 +118,7 @@ class Advance(NamedTuple):
     num_valid: int
     window: Window = EMPTY_WINDOW
     error: str | None = None
+    spoiled: bool = False
 
 
 class Progress(NamedTuple):

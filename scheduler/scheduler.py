@@ -29,7 +29,7 @@ from scheduler.sharing import shared_pages
 from scheduler.spans import Spans
 from scheduler.tenants import Tenants, parse_weights
 from scheduler.tiers import Tiers
-from scheduler.types import FinishReason, Request, Sequence, Visibility, Window
+from scheduler.types import EMPTY_WINDOW, FinishReason, Request, Sequence, Visibility, Window
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -159,6 +159,7 @@ class Scheduler:
             if sequence.request.method == method
             and sequence.num_computed == len(sequence.tokens) - 1
             and sequence.num_output
+            and sequence.takes_drafts
             and not sequence.window.tokens
         ]
 
@@ -369,6 +370,10 @@ class Scheduler:
         if advance.error is not None:
             self._tables.forget(sequence)
             return self._end(sequence, FinishReason.ERROR, error=advance.error)
+        if advance.spoiled:
+            sequence.window, sequence.takes_drafts = EMPTY_WINDOW, False
+            self._tables.trim(sequence)
+            return None
         num_before = len(sequence.tokens)
         reached_end = piece.start + len(piece.tokens) - piece.num_window == num_before
         assert reached_end or not advance.committed, "tokens committed from the middle of known ones"

@@ -165,6 +165,7 @@ class Sequence:
     waiting_since_s: float = 0.0  # when it came into the queue last
     fetched_after: int = -1  # pages that were found when more were last fetched for it, since it last ran
     is_overdue: bool = False  # it was put aside for too long: it goes before all that were not
+    takes_drafts: bool = True  # none of them has ever spoiled what was computed beside it
 
     @property
     def prompt_len(self) -> int:
