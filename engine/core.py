@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from engine.drafting.guess import Drafter
+    from engine.drafting.overlap import Overlap
     from engine.messages import Verified
     from engine.tiers.copier import Copier
     from scheduler.plan import Tier
@@ -42,8 +43,9 @@ class EngineCore:
         vocab_size: int,
         copier: Copier | None = None,
         drafters: Mapping[str, Drafter] = MappingProxyType({}),
+        overlap: Overlap | None = None,
     ) -> None:
-        """`drafters`: those beside the light ones, by name."""
+        """`drafters`: those beside the light ones, by name. `overlap`: where they can draft ahead."""
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
@@ -53,7 +55,9 @@ class EngineCore:
         self.step_times = StepTimes(scheduler.costs)
         draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
         everyone = light_drafters(vocab_size) | dict(drafters)
-        self.speculation = Speculation(scheduler, draft_costs, everyone, vocab_size, runner.tree_block)
+        self.speculation = Speculation(
+            scheduler, draft_costs, everyone, vocab_size, runner.tree_block, overlap
+        )
         runner.taps = self.speculation.taps
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
@@ -124,6 +128,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Whatever still runs is dropped; content on its way to the disk is lost."""
+        self.speculation.close()
         if self.copier is not None:
             self.copier.close()
 
@@ -158,9 +163,10 @@ class EngineCore:
     def _execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
         """A step that raises ends its own sequences with an error; everyone else goes on."""
         try:
-            begun_s = time.perf_counter()
-            outcomes = self.runner.execute(plan)
-            seconds = time.perf_counter() - begun_s
+            with self.speculation.ahead(plan):
+                begun_s = time.perf_counter()
+                outcomes = self.runner.execute(plan)
+                seconds = time.perf_counter() - begun_s
             self.step_times.note(plan, seconds)
             self.speculation.costs.note(plan, seconds)
             self._failed_steps = 0

@@ -52,8 +52,12 @@ class GrowingTree:
             score = above * self.standing.chance(chance, rank, drawn=self.drawn)
             if score >= LEAST_SCORE:
                 self.nodes.append(Node(token, parent, depth, rank, chance, score))
-        ordered = sorted(range(len(self.nodes)), key=lambda node: (-self.nodes[node].score, node))
-        self._best = ordered[: self.limit]
+        self._choose()
+
+    def widen(self, limit: int) -> None:
+        """More drafts than before may be among the best."""
+        self.limit = max(self.limit, limit)
+        self._choose()
 
     @property
     def expected(self) -> float:
@@ -98,12 +102,11 @@ class GrowingTree:
         )
 
     def followed(self, tokens: SequenceOf[int]) -> tuple[int, ...]:
-        """The text went on with these -> the path of computed nodes that it took, by their slots. Which
-        drafts stood is noted on the way."""
+        """The text went on with these -> the path of nodes that it took. Which drafts stood is noted on the
+        way."""
         children: dict[int, list[int]] = {}
         for index, node in enumerate(self.nodes):
             children.setdefault(node.parent, []).append(index)
-        slots = {node: slot for slot, node in enumerate(self.computed)}
         taken: list[int] = []
         at = ROOT
         for token in tokens:
@@ -117,4 +120,31 @@ class GrowingTree:
                 break
             taken.append(following)
             at = following
-        return tuple(slots[node] for node in taken if node in slots)
+        return tuple(taken)
+
+    def slots(self, nodes: SequenceOf[int]) -> tuple[int, ...]:
+        """Of those that were computed."""
+        found = {node: slot for slot, node in enumerate(self.computed)}
+        return tuple(found[node] for node in nodes if node in found)
+
+    def below(self, root: int, limit: int) -> tuple[GrowingTree, tuple[int, ...]]:
+        """What grew behind a node, or behind ROOT, as a tree of its own -> that, and the slots that its
+        computed nodes have in this one, in their order there."""
+        tree = GrowingTree(limit, self.standing, drawn=self.drawn)
+        top = self.nodes[root].depth + 1 if root != ROOT else 0
+        number = {root: ROOT}
+        for index, node in enumerate(self.nodes):
+            if node.parent in number:
+                parent = number[node.parent]
+                number[index] = len(tree.nodes)
+                above = tree.nodes[parent].score if parent != ROOT else 1.0
+                score = above * self.standing.chance(node.chance, node.rank, drawn=self.drawn)
+                tree.nodes.append(node._replace(parent=parent, depth=node.depth - top, score=score))
+        computed = [node for node in self.computed if number.get(node, ROOT) != ROOT]
+        tree.compute([number[node] for node in computed])
+        tree._choose()
+        return tree, self.slots(computed)
+
+    def _choose(self) -> None:
+        ordered = sorted(range(len(self.nodes)), key=lambda node: (-self.nodes[node].score, node))
+        self._best = ordered[: self.limit]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from collections.abc import Sequence as SequenceOf
 
     import torch
@@ -81,7 +82,7 @@ class Seen(NamedTuple):
 
 
 class Drafter(Protocol):
-    """Keeps what it needs between calls; sequences are read, never changed. All calls come from one thread.
+    """Keeps what it needs between calls; sequences are read, never changed. No two calls run at a time.
 
     `taps`: hidden states of the target that it wants to see (`Transformer.compute`), of every slice of the
     sequences that it may draft for, prompts included, except what was found in a cache.
@@ -99,4 +100,15 @@ class Drafter(Protocol):
 
     def release(self, sequence: Sequence) -> None:
         """The sequence has ended; its tokens are final."""
+        ...
+
+
+@runtime_checkable
+class DraftsAhead(Protocol):
+    """A drafter that can go on with its guesses while the target verifies them."""
+
+    def ahead(self, sequences: SequenceOf[Sequence]) -> Iterator[None]:
+        """Of sequences that it has just guessed for. Each item is a piece of work that ends soon. They are
+        taken in another thread, as many as there is time for, before anything else is asked of the drafter.
+        """
         ...

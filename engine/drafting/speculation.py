@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting import AUTO, LIGHT
 from engine.drafting.acceptance import Acceptance
 from engine.drafting.draft_tree import DraftTree, Proposal
-from engine.drafting.guess import CATCHING_UP, ROOT, Seen, Want
+from engine.drafting.guess import CATCHING_UP, ROOT, DraftsAhead, Seen, Want
 from engine.drafting.ledger import Ledger
 from engine.drafting.yields import Yields
 from scheduler.speculation import Candidate, grant, may_pay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from collections.abc import Sequence as SequenceOf
 
     from engine.drafting.costs import DraftCosts
     from engine.drafting.guess import Drafter, Guess
+    from engine.drafting.overlap import Overlap
     from engine.messages import Verified
     from engine.runner import Outcome
     from scheduler.plan import StepPlan
@@ -53,7 +55,8 @@ class Offer(NamedTuple):
 
 
 class Speculation:
-    """`tree_block`: a window that is a tree must lie within one block of so many slots."""
+    """`tree_block`: a window that is a tree must lie within one block of so many slots. `overlap`: None where
+    nobody drafts while the target computes."""
 
     def __init__(
         self,
@@ -62,18 +65,21 @@ class Speculation:
         drafters: Mapping[str, Drafter],
         vocab_size: int,
         tree_block: int,
+        overlap: Overlap | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.costs = costs
         self.drafters = drafters
         self.vocab_size = vocab_size
         self.tree_block = tree_block
+        self.overlap = overlap
         self.acceptance = Acceptance()
         self.yields = Yields()
         self.ledger = Ledger()
         self.taps = tuple(sorted(set(chain.from_iterable(one.taps for one in drafters.values()))))
         self.failed: set[str] = set()
         self._showing_s: dict[str, float] = {}  # by source: what telling it of the last step took
+        self._waiting_s: dict[str, float] = {}  # by source: for how long a step that was done waited for it
         self._economy: StepEconomy | None = None  # of this step, if anybody was asked to draft for it
         self._spent_s = 0.0  # between this step and the one before, on drafting
         self._asked: dict[int, Offer] = {}  # in this step
@@ -121,7 +127,7 @@ class Speculation:
             seconds = time.perf_counter() - begun_s
             if not self.yields.is_paying(source):
                 trials_s += seconds
-            seconds += self._showing_s.pop(source, 0.0)
+            seconds += self._showing_s.pop(source, 0.0) + self._waiting_s.pop(source, 0.0)
             self.yields.took(source, len(asked), seconds, num_behind=len(behind))
             for seq_id in asked:
                 if seq_id not in behind:
@@ -157,8 +163,8 @@ class Speculation:
             asked = list(zip(wants, self.drafters[name].guess(wants), strict=True))
             for want, guess in asked:
                 self._check(want, guess)
-        except Exception:
-            self._give_up(name)
+        except Exception as failure:
+            self._give_up(name, failure)
             return behind
         for want, guess in asked:
             seq_id = want.sequence.seq_id
@@ -188,6 +194,44 @@ class Speculation:
         in_block = self.tree_block - len(sequence.tokens) % self.tree_block
         in_context = self.scheduler.max_model_len - len(sequence.tokens)
         return min(MAX_TREE, sequence.request.max_draft_tokens or MAX_TREE, in_block, in_context)
+
+    # During a step
+
+    @contextmanager
+    def ahead(self, plan: StepPlan) -> Iterator[None]:
+        """While the target verifies drafts, those who can go on drafting."""
+        drafting = self._drafting_ahead(plan) if self.overlap is not None else {}
+        if self.overlap is None or not drafting:
+            yield
+            return
+        self.overlap.start(drafting)
+        try:
+            yield
+        finally:
+            done_s = time.perf_counter()
+            for name, failure in self.overlap.stop().items():
+                self._give_up(name, failure)
+            waited_s = time.perf_counter() - done_s
+            self._waiting_s = {_source(name): waited_s / len(drafting) for name in drafting}
+            self._spent_s += waited_s
+
+    def _drafting_ahead(self, plan: StepPlan) -> dict[str, Iterator[None]]:
+        """By drafter: for the sequences that it was asked for and that have drafts in this step. Where none
+        were granted, load is high, or guesses are bad."""
+        verified = {piece.seq_id for piece in plan.slices if piece.num_window} & self._asked.keys()
+        drafting: dict[str, Iterator[None]] = {}
+        for name, drafter in self.drafters.items():
+            its = [seq_id for seq_id in verified if _source(name) in self._asked[seq_id].sources]
+            if its and name not in self.failed and isinstance(drafter, DraftsAhead):
+                try:
+                    drafting[name] = drafter.ahead([self.scheduler.sequence(seq_id) for seq_id in its])
+                except Exception as failure:
+                    self._give_up(name, failure)
+        return drafting
+
+    def close(self) -> None:
+        if self.overlap is not None:
+            self.overlap.close()
 
     # After a step
 
@@ -275,18 +319,18 @@ class Speculation:
             begun_s = time.perf_counter()
             try:
                 drafter.observe(told)
-            except Exception:
-                self._give_up(name)
+            except Exception as failure:
+                self._give_up(name, failure)
             source = _source(name)
             spent_s = self._showing_s.get(source, 0.0)
             self._showing_s[source] = spent_s + time.perf_counter() - begun_s
 
-    def _give_up(self, name: str) -> None:
+    def _give_up(self, name: str, failure: Exception) -> None:
         """A drafter may cost time, and nothing else: one that raises, or guesses what is no tree, is not
         asked again."""
         if name in self.failed:
             return
-        logger.exception("the drafter %s failed: it is not asked any more", name)
+        logger.error("the drafter %s failed: it is not asked any more", name, exc_info=failure)
         self.failed.add(name)
 
     def release(self, seq_id: int) -> None:
@@ -297,8 +341,8 @@ class Speculation:
         for name, drafter in self.drafters.items():
             try:  # also those that have failed: they still hold something
                 drafter.release(sequence)
-            except Exception:
-                self._give_up(name)
+            except Exception as failure:
+                self._give_up(name, failure)
         self.acceptance.release(seq_id)
         self.yields.release(seq_id)
         self._asked.pop(seq_id, None)

@@ -66,11 +66,17 @@ class LogitsProcessor:
         if allowed is not None:
             logits.masked_fill_(~allowed.to(self.device), BANNED)
 
+    def catch_up(self) -> None:
+        """Count what was committed since. Until more is, whoever applies this changes nothing in it, and
+        several threads may."""
+        new = self.sequence.tokens[self.sequence.prompt_len + self._num_counted :]
+        if new and penalised(self.params):
+            self._num_counted += len(new)
+            self._count(self._counts, self._seen, new)
+
     def _penalise(self, logits: torch.Tensor, drafted: tuple[int, ...]) -> None:
-        sequence, params = self.sequence, self.params
-        new = sequence.tokens[sequence.prompt_len + self._num_counted :]
-        self._num_counted += len(new)
-        self._count(self._counts, self._seen, new)
+        self.catch_up()
+        params = self.params
         counts, seen = self._counts, self._seen
         if drafted:
             counts, seen = counts.clone(), seen.clone()

@@ -29,8 +29,8 @@ LONG = 128  # who lacks more tokens gets its drafts with the next guess: then al
 
 class Stretch(NamedTuple):
     """Committed tokens `start .. end` of a sequence, as the draft model reads them, to be computed now;
-    `limit` drafts may follow where it `catches_up`: no committed token is behind them, and they are few. There
-    are none where a tree has grown behind the last one already."""
+    `limit` drafts may follow where it `catches_up`: no committed token is behind them, and they are few.
+    There are none where a tree has grown behind the last one already."""
 
     want: Want
     start: int

@@ -80,9 +80,36 @@ def test_the_path_that_the_text_took_is_found_by_slots():
     tree.grow(1, [3, 4], [0.9, 0.8])
     tree.compute([3])  # token 4, slot 2
     tree.grow(3, [5], [0.9])
-    assert tree.followed([2, 4, 5, 6]) == (1, 2), "5 was never computed"
-    assert tree.followed([2, 9]) == (1,)
+    assert tree.slots(tree.followed([2, 4, 5, 6])) == (1, 2), "5 was never computed"
+    assert tree.slots(tree.followed([2, 9])) == (1,)
     assert tree.followed([9]) == ()
+
+
+def test_what_grew_behind_a_node_is_a_tree_of_its_own():
+    rng = random.Random(3)
+    for _ in range(50):
+        tree = grown(rng, 40, passes=8)
+        top = rng.choice([ROOT, *tree.computed])
+        above = tree.path(top) if top != ROOT else ()
+        rest, slots = tree.below(top, 12)
+        assert len(slots) == len(rest.computed)
+        for slot, node in zip(slots, rest.computed, strict=True):
+            assert tree.path(tree.computed[slot]) == (*above, *rest.path(node))
+        paths = {rest.path(node) for node in range(len(rest.nodes))}
+        whole = {tree.path(node) for node in range(len(tree.nodes))}
+        assert {(*above, *path) for path in paths} == {
+            path for path in whole if path[: len(above)] == above and path != above
+        }
+        share = tree.nodes[top].score if top != ROOT else 1.0
+        for node in range(len(rest.nodes)):
+            found = tree.nodes[
+                next(k for k in range(len(tree.nodes)) if tree.path(k) == above + rest.path(node))
+            ]
+            assert abs(rest.nodes[node].score * share - found.score) < 1e-9
+            assert rest.nodes[node].depth == len(rest.path(node)) - 1
+        assert len(rest.guess().tokens) == min(12, len(rest.nodes))
+        assert list(slots) == sorted(slots)
+        assert all(node not in rest.computed for node in rest.front())
 
 
 def test_experience_replaces_belief():

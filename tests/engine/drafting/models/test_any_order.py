@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
 from cuda_kernels.ops import pick
 from engine.drafting.draft_kv import TREE_SLOTS, DraftKV
-from engine.drafting.guess import CATCHING_UP, NO_GUESS, Want
+from engine.drafting.guess import CATCHING_UP, NO_GUESS, DraftsAhead, Want
 from engine.drafting.models import following
 from engine.drafting.models.draft_model import DraftModel
 from engine.drafting.models.following import Following
@@ -109,12 +110,25 @@ def spied(drafter, monkeypatch):
     return seen
 
 
-def grow(one, guess, rng):
-    """Some of what was guessed stands, or something else comes, or nothing yet."""
+def grow(drafter, one, guess, rng):
+    """Some of what was guessed, or drafted ahead, stands, or something else comes, or nothing yet."""
     found = paths(guess)
+    tree = drafter.following.grown(one) if isinstance(drafter, SmallModel) else None
+    if tree is not None and tree.nodes and rng.random() < 0.5:
+        one.tokens += tree.path(rng.randrange(len(tree.nodes)))
+        return
     if found and rng.random() < 0.7:
         one.tokens += rng.choice(found)
     one.tokens += [rng.randrange(250) for _ in range(rng.choice((0, 1, 1, 1, 2, 30)))]
+
+
+@torch.inference_mode()
+def go_ahead(drafter, wants, rng):
+    """Some of them are drafted for further, as if the target were verifying their drafts."""
+    if isinstance(drafter, DraftsAhead) and rng.random() < 0.6:
+        some = rng.sample(wants, rng.randrange(len(wants) + 1))
+        for _ in islice(drafter.ahead([want.sequence for want in some]), rng.randrange(6)):
+            pass
 
 
 def begun(rng, seq_id):
@@ -131,10 +145,11 @@ def driven(drafter, rng, num_steps, seen):
         seen.clear()
         guesses = drafter.guess(wants)
         assert len(guesses) == len(wants)
+        go_ahead(drafter, wants, rng)
         yield
         for want, guess in zip(wants, guesses, strict=True):
             assert len(guess.tokens) <= want.limit
-            grow(want.sequence, guess, rng)
+            grow(drafter, want.sequence, guess, rng)
         for seq_id in rng.sample(sorted(living), rng.randrange(3)):
             if rng.random() < 0.3 or len(living[seq_id].tokens) > MAX_LEN + 20:
                 drafter.release(living.pop(seq_id))
