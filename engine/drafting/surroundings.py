@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
     from engine.kv_storage import KVStorage
     from engine.models.transformer import Transformer
+    from engine.runner import Runner
     from engine.sampling.processors import LogitsProcessor
     from scheduler.types import Sequence
 
@@ -34,3 +35,20 @@ class Surroundings:
     max_model_len: int
     max_num_seqs: int
     processor_of: Callable[[Sequence], LogitsProcessor | None]
+
+    @classmethod
+    def of(cls, runner: Runner, checkpoint: Checkpoint | None) -> Surroundings:
+        """What a runner computes with, and for whom."""
+        batches, scheduler = runner.batches, runner.scheduler
+        return cls(
+            checkpoint=checkpoint,
+            model=runner.model,
+            storage=runner.storage,
+            batches=batches,
+            ops=batches.ops,
+            dtype=runner.storage.pages.dtype,
+            device=batches.device,
+            max_model_len=scheduler.max_model_len,
+            max_num_seqs=scheduler.config.max_num_seqs,
+            processor_of=runner.processor_of,
+        )

@@ -128,19 +128,7 @@ def core_around(
         config, ops, scheduling.page_size, config.max_positions, scheduling.max_num_seqs, CPU
     )
     runner = Runner(model, storage, batches, scheduler)
-    around = Surroundings(
-        checkpoint=None,
-        model=model,
-        storage=storage,
-        batches=batches,
-        ops=ops,
-        dtype=torch.float32,
-        device=CPU,
-        max_model_len=config.max_positions,
-        max_num_seqs=scheduling.max_num_seqs,
-        processor_of=runner.processor_of,
-    )
-    found = drafters(around) if drafters is not None else {}
+    found = drafters(Surroundings.of(runner, None)) if drafters is not None else {}
     return EngineCore(scheduler, runner, config.vocab_size, copier, found)
 
 

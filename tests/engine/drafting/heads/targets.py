@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +18,6 @@ from engine.models.transformer import NORMED, Transformer
 from engine.sampling.processors import LogitsProcessor, needs_processing
 from scheduler.types import Sequence
 from tests.engine.tiny import CPU, TINY, random_weights, request
-
-if TYPE_CHECKING:
-    from engine.core import EngineCore
 
 NUM_WORDS = 24
 CHAIN = TransformerConfig(
@@ -110,23 +106,6 @@ def surroundings(
         max_model_len=max_len,
         max_num_seqs=8,
         processor_of=processor_of,
-    )
-
-
-def around_core(core: EngineCore) -> Surroundings:
-    """The same of an engine core."""
-    runner, batches = core.runner, core.runner.batches
-    return Surroundings(
-        checkpoint=None,
-        model=runner.model,
-        storage=runner.storage,
-        batches=batches,
-        ops=batches.ops,
-        dtype=torch.float32,
-        device=CPU,
-        max_model_len=batches.max_slots,
-        max_num_seqs=core.scheduler.config.max_num_seqs,
-        processor_of=runner.processor_of,
     )
 
 

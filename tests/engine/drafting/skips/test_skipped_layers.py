@@ -12,9 +12,9 @@ from engine.drafting.guess import ROOT, Want
 from engine.drafting.skips.layer_search import LayerSearch
 from engine.drafting.skips.scratch_pages import num_scratch_pages
 from engine.drafting.skips.skipped_layers import SkippedLayers, head_layers
+from engine.drafting.surroundings import Surroundings
 from engine.messages import Submit
 from engine.models.config import Layer, Rope
-from tests.engine.drafting.heads.targets import around_core
 from tests.engine.tiny import SETTINGS, TINY, abort, core_around, random_weights, request
 
 ROPE = Rope(theta=10000.0, num_rotated=16)
@@ -50,7 +50,9 @@ class Eager(LayerSearch):
 
 
 def drafter_of(core, skipped=(), search=Eager):
-    return SkippedLayers(around_core(core), search(core.runner.model.config.num_layers, skipped=skipped))
+    return SkippedLayers(
+        Surroundings.of(core.runner, None), search(core.runner.model.config.num_layers, skipped=skipped)
+    )
 
 
 def drafted(core, drafter, requests, limit=8, on_step=lambda number: None):
@@ -186,7 +188,7 @@ def test_layers_that_do_nothing_are_found_while_serving():
         weights[f"layers.{layer}.out.weight"].zero_()
         weights[f"layers.{layer}.down.weight"].zero_()
     core = core_of(config, weights)
-    drafter = SkippedLayers(around_core(core))
+    drafter = SkippedLayers(Surroundings.of(core.runner, None))
 
     def hear(number):
         drafter._num_committed = 10**6  # of others
