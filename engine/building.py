@@ -17,7 +17,9 @@ from engine.batch import BatchBuilder
 from engine.checkpoint import Checkpoint, locate
 from engine.core import EngineCore
 from engine.drafting import AUTO, LIGHT
+from engine.drafting.guess import DraftsAhead
 from engine.drafting.loading import find_drafters, load_drafters
+from engine.drafting.overlap import Overlap, overlap_threads
 from engine.drafting.skips.scratch_pages import num_scratch_pages
 from engine.drafting.skips.skipped_layers import SkippedLayers
 from engine.drafting.surroundings import Surroundings
@@ -122,7 +124,8 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     )
     drafters = _drafters(found, settings, around)
     watch.lap("load drafters")
-    core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters)
+    overlap = _overlap(config, drafters, device)
+    core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters, overlap)
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
@@ -152,6 +155,17 @@ def _drafters(
         free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
     drafters: dict[str, Drafter] = {SKIPPED_LAYERS: SkippedLayers(around)}
     return drafters | load_drafters(found, around, free)
+
+
+def _overlap(config: EngineConfig, drafters: dict[str, Drafter], device: torch.device) -> Overlap | None:
+    """Where one of them can draft ahead, and shall."""
+    if not any(isinstance(drafter, DraftsAhead) for drafter in drafters.values()):
+        return None
+    num_cores = sizing.available_cores()
+    threads = overlap_threads(config.draft_overlap, device, num_cores, config.num_threads or num_cores)
+    if threads:
+        logger.info("the draft model goes on while drafts are verified, on %d threads", threads)
+    return Overlap(threads, device) if threads else None
 
 
 def _check_drafter(config: EngineConfig, names: tuple[str, ...]) -> None:

@@ -13,6 +13,7 @@ DRAFTERS = (
     "auto", "prompt_lookup", "past_outputs", "recycling", "lookahead", "skipped_layers",
     "model", "pard", "eagle", "mtp", "medusa", "dflash",
 )  # fmt: skip
+DRAFT_OVERLAPS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,14 @@ class EngineConfig:
         metadata={
             "help": "weights that draft: folders, .gguf files or hub names, separated by commas; mtp = the "
             "heads in the model's own checkpoint; empty = none"
+        },
+    )
+    draft_overlap: str = field(
+        default="auto",
+        metadata={
+            "help": "whether a draft model goes on while the model verifies: auto (on CUDA; on a CPU where "
+            "num_threads leaves cores, which it takes), on, off",
+            "choices": DRAFT_OVERLAPS,
         },
     )
     max_draft_tokens: int = field(

@@ -16,11 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from concurrent.futures import Future
 
-OVERLAPS = ("auto", "on", "off")
-
 
 def overlap_threads(choice: str, device: torch.device, num_cores: int, num_threads: int) -> int:
-    """CPU threads that draft while the target computes with `num_threads` of its own; 0: nobody does."""
+    """`choice`: auto, on or off -> CPU threads for drafting while the target computes with `num_threads` of
+    its own; 0: nobody drafts then."""
     if choice == "off":
         return 0
     if device.type != "cpu":

@@ -1,12 +1,12 @@
 """Tokens per step and speed of speculative decoding against plain decoding, on the default model.
 
     python -m tests.bench.speculation [--concurrency 1,4,16,32] [--drafters auto,prompt_lookup] [--rounds 2]
-        [--tokens 96] [--temperature 0] [--draft-model FOLDERS]
+        [--tokens 96] [--temperature 0] [--draft-model FOLDERS] [--draft-overlap auto] [--num-threads 0]
 
-Three kinds of work, three prompts each. Plain and speculative alternate, in one process, each time under a
-salt of its own, so that neither finds the other's pages or answers; clients ask one prompt after another, and
-neighbours begin with different ones. Speed is the ratio of the times of a whole round, prompts included: the
-median over the rounds, with the least and the most. Texts are compared, and one that differs ends the
+Three kinds of work, three prompts each. Clients ask one prompt after another, and neighbours begin with
+different ones; each has a salt of its own in each round, so that nobody finds pages or answers of others. Plain
+and speculative alternate, in one process. Speed is the ratio of the times of a whole round, prompts included:
+the median over the rounds, with the least and the most. Texts are compared, and one that differs ends the
 benchmark.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from engine.building import build_engine
 from engine.checkpoint import locate
-from engine.config import DRAFTERS, EngineConfig
+from engine.config import DRAFT_OVERLAPS, DRAFTERS, EngineConfig
 from engine.core import EngineCore
 from engine.messages import Submit
 from scheduler.types import Request, SamplingParams
@@ -67,8 +67,7 @@ class Round:
 
 
 class Bench:
-    def __init__(self, draft_model: str, num_tokens: int, temperature: float) -> None:
-        config = EngineConfig(state_folder="-", draft_model=draft_model)
+    def __init__(self, config: EngineConfig, num_tokens: int, temperature: float) -> None:
         self.core: EngineCore = build_engine(config).core
         self.sampling = SamplingParams(temperature=temperature, max_tokens=num_tokens, seed=7)
         tokenizer = Tokenizer.from_checkpoint(locate(""))
@@ -84,12 +83,12 @@ class Bench:
     def round(self, kind: str, concurrency: int, method: str, drafter: str) -> Round:
         """So many clients at once, each of which asks the kind's prompts one after another; neighbours begin
         with different ones."""
-        salt = f"s{next(self.numbers)}"
         prompts = self.prompts[kind]
         waiting = {
             client: [prompts[(client + turn) % len(prompts)] for turn in reversed(range(len(prompts)))]
             for client in range(concurrency)
         }
+        salts = [f"s{next(self.numbers)}" for _ in waiting]
         texts: dict[str, list[int]] = {}
         client_of: dict[str, int] = {}
 
@@ -101,7 +100,7 @@ class Bench:
                 arrival_s=time.monotonic(),
                 method=method,
                 drafter=drafter,
-                cache_salt=salt,
+                cache_salt=salts[client],
             )
             client_of[request.request_id] = client
             texts[request.request_id] = []
@@ -134,23 +133,34 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--draft-model", default="")
+    parser.add_argument("--draft-overlap", default="auto", choices=DRAFT_OVERLAPS)
+    parser.add_argument("--num-threads", type=int, default=0)
     args = parser.parse_args()
-    bench = Bench(args.draft_model, args.tokens, args.temperature)
+    config = EngineConfig(
+        state_folder="-",
+        num_threads=args.num_threads,
+        draft_model=args.draft_model,
+        draft_overlap=args.draft_overlap,
+    )
+    bench = Bench(config, args.tokens, args.temperature)
     bench.round("chat", 1, "autoregressive", "auto")  # kernels and memory warm up
-    print(f"{'clients':>7} {'work':<5} {'drafter':<14} {'tokens/step':>11} {'speed':>6}   min   max")
+    print(f"{'clients':>7} {'work':<5} {'drafter':<14} {'tokens/step':>11} {'speed':>6}   min   max seconds")
     for clients, drafter in itertools.product(
         map(int, args.concurrency.split(",")), args.drafters.split(",")
     ):
         for kind in KINDS:
-            speeds = []
+            speeds, seconds = [], []
             for _ in range(args.rounds):
                 plain = bench.round(kind, clients, "autoregressive", "auto")
                 drafted = bench.round(kind, clients, "speculative", drafter)
                 assert plain.texts == drafted.texts, f"{kind}: another text with {drafter}"
                 speeds.append(plain.seconds / drafted.seconds)
+                seconds.append(drafted.seconds)
             per_step = plain.num_steps / drafted.num_steps
             spread = f"{statistics.median(speeds):>6.2f} {min(speeds):>5.2f} {max(speeds):>5.2f}"
-            print(f"{clients:>7} {kind:<5} {drafter:<14} {per_step:>11.2f} {spread}", flush=True)
+            row = f"{clients:>7} {kind:<5} {drafter:<14} {per_step:>11.2f} {spread} {min(seconds):>7.2f}"
+            print(row, flush=True)
+    bench.core.close()
 
 
 if __name__ == "__main__":

@@ -64,6 +64,14 @@ def test_the_engine_says_which_drafters_it_has_and_its_default_must_be_one() -> 
     assert set(built.ready.drafters) == {*LIGHT, "skipped_layers"}
 
 
+def test_a_draft_model_goes_on_beside_the_engine_where_it_may(smollm2_gguf: Path) -> None:
+    """Nobody else has a thread for it."""
+    for draft_model, choice, expected in ((str(smollm2_gguf), "on", True), ("", "on", False)):
+        built = build_engine(config(draft_model=draft_model, draft_overlap=choice))
+        built.core.close()
+        assert (built.core.speculation.overlap is not None) is expected
+
+
 def test_drafters_that_cannot_be_loaded_are_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
