@@ -171,7 +171,7 @@ class Speculation:
             if guess is CATCHING_UP:
                 behind.add(seq_id)
             if guess.tokens:
-                chances = self.acceptance.chances(seq_id, name, guess)
+                chances = self.acceptance.chances(seq_id, _judged(want.sequence, name), guess)
                 proposals[seq_id].append(Proposal(name, guess, chances))
         return behind
 
@@ -265,7 +265,7 @@ class Speculation:
             )
             if offer is not None and len(offer.drafts) == piece.num_window:
                 num_stood += len(computed.kept)
-                stood = self._judge(piece.seq_id, offer, [offer.drafts[place] for place in computed.kept])
+                stood = self._judge(sequence, offer, [offer.drafts[place] for place in computed.kept])
                 for source, count in stood.items():
                     gains.setdefault(source, []).append((piece.seq_id, count))
                 if offer.drafts:
@@ -290,13 +290,14 @@ class Speculation:
             won -= (self._spent_s + economy.added_s(num_drafts)) / economy.step_s
         self.ledger.note(economy.num_committed, won)
 
-    def _judge(self, seq_id: int, offer: Offer, path: SequenceOf[int]) -> dict[str, int]:
+    def _judge(self, sequence: Sequence, offer: Offer, path: SequenceOf[int]) -> dict[str, int]:
         """-> how many drafts of each source stood"""
         drafts, stood = set(offer.drafts), set(path)
         counts = dict.fromkeys(offer.sources, 0)
         for number, proposal in enumerate(offer.tree.proposals):
             guess, right = offer.tree.part_of(number, drafts, stood)
-            self.acceptance.note(seq_id, proposal.drafter, guess, right)
+            judged = _judged(sequence, proposal.drafter)
+            self.acceptance.note(sequence.seq_id, judged, guess, right)
             source = _source(proposal.drafter)
             if source in counts:
                 counts[source] = max(counts[source], len(right))
@@ -350,6 +351,11 @@ class Speculation:
 
 def _source(drafter: str) -> str:
     return TOGETHER if drafter in LIGHT else drafter
+
+
+def _judged(sequence: Sequence, drafter: str) -> str:
+    """Under which name its drafts for the sequence are counted: by another rule more of them stand."""
+    return drafter if sequence.request.lossy is None else f"{drafter}, lossy"
 
 
 def _allows(sequence: Sequence, drafter: str) -> bool:

@@ -7,7 +7,10 @@ import random
 import pytest
 
 from engine.drafting.acceptance import SUREST, Acceptance
-from engine.drafting.guess import ROOT, Guess, line
+from engine.drafting.guess import ROOT, Guess, line, take
+from scheduler.types import LossyAcceptance
+from tests.engine.drafting.eager import eager
+from tests.engine.tiny import request, run, tiny_core
 
 LINE = line([1, 2, 3], [0, 1, 2], 0.6)
 
@@ -60,3 +63,30 @@ def test_chances_of_what_was_granted_are_sobered_by_what_stood():
     for _ in range(2000):
         acceptance.note_granted(1.0, 2)
     assert acceptance.sobriety == 1.0, "good luck makes nobody bolder"
+
+
+class Stubborn:
+    """Guesses the same tokens whatever the text."""
+
+    taps: tuple[int, ...] = ()
+
+    def guess(self, wants):
+        return [take(LINE, range(min(3, want.limit))) for want in wants]
+
+    def observe(self, seen):
+        pass
+
+    def release(self, sequence):
+        pass
+
+
+def test_what_stands_by_a_lossy_rule_is_no_hope_for_others():
+    core = eager(tiny_core(drafters=lambda _: {"stubborn": Stubborn()}))
+    fields = {"max_tokens": 40, "temperature": 1.0, "method": "speculative", "drafter": "stubborn"}
+    lax = LossyAcceptance(rule="threshold", threshold=1e-9)
+    tokens = run(core, request("lax", [1, 2, 3], lossy=lax, **fields))["lax", 0].tokens
+    assert tokens.count(2) >= 10, "the drafts stood"
+    acceptance = core.speculation.acceptance
+    assert acceptance.chances(-1, "stubborn", LINE) == [0.6] * 3
+    run(core, request("exact", [1, 2, 3], **fields))
+    assert acceptance.chances(-1, "stubborn", LINE)[0] < 0.3
