@@ -110,19 +110,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
     )
     runner = Runner(model, storage, batches, scheduler)
-    around = Surroundings(
-        checkpoint=checkpoint,
-        model=model,
-        storage=storage,
-        batches=batches,
-        ops=ops,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        processor_of=runner.processor_of,
-    )
-    drafters = _drafters(found, settings, around)
+    drafters = _drafters(found, settings, Surroundings.of(runner, checkpoint))
     watch.lap("load drafters")
     overlap = _overlap(config, drafters, device)
     core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters, overlap)
