@@ -25,6 +25,7 @@ RELAXING = 0.001  # of a sequence that gained less than others, back to what the
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
 SHORTEST_PAUSE, LONGEST_PAUSE = 100.0, 3200.0  # until the next trial, in times of what the last one took
 BORNE_BY = 32  # calls that bear the time of reading a prompt, the first ones most
+MOST_READING = 128  # calls in a row that only read: more are of prompts that come faster than they are read
 PROBED = 4  # sequences of a trial
 
 
@@ -71,12 +72,19 @@ class _Source:
     next_trial_s: float = 0.0
     is_paying: bool = False
     debt_s: float = 0.0  # of reading prompts, not yet counted as time of guesses
+    num_reading: int = 0  # calls in a row, the latest ones, that only read
 
     def rest(self, now_s: float, trial_s: float, *, told: bool = True) -> None:
         """Until its next trial. One that has `told` nothing, as it only read, makes no pause longer."""
         self.next_trial_s = now_s + self.pause * trial_s
         if told:
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def note_gain(self, gain: float) -> None:
+        """Of a step."""
+        self.num_steps += 1
+        share = max(NEWEST_SHARE, 1 / (self.num_steps + FIRST_STEPS))
+        self.gain += share * (gain - self.gain)
 
     def relax(self, sequences: Iterable[int]) -> None:
         """Who did not pay may pay later: a text changes."""
@@ -121,18 +129,24 @@ class Yields:
 
     def took(self, name: str, num_asked: int, seconds: float, *, num_behind: int = 0) -> None:
         """What asking for so many took. A source reads a prompt before it can guess (it is `num_behind` with
-        so many of them) for all guesses that follow: they bear that time, each a part."""
+        so many of them) for all guesses that follow: they bear that time, each a part. Where none follows for
+        very long, reading bears it, and gains nothing."""
         source = self._sources[name]
+        guesses = num_behind < num_asked
+        source.num_reading = 0 if guesses else source.num_reading + 1
+        never_guesses = source.num_reading > MOST_READING
         guessing_s = seconds
         if num_behind:
-            guessing_s = min(seconds, source.time.expected_s(num_asked)) if num_behind < num_asked else 0.0
+            guessing_s = min(seconds, source.time.expected_s(num_asked)) if guesses else 0.0
             source.debt_s += seconds - guessing_s
-        if num_behind < num_asked:
+        if guesses or never_guesses:
             share_s = source.debt_s / BORNE_BY
             source.debt_s -= share_s
             source.time.note(num_asked, guessing_s + share_s)
+        if never_guesses:
+            source.note_gain(0.0)
         if not source.is_paying:
-            source.rest(self._clock(), seconds, told=num_behind < num_asked)
+            source.rest(self._clock(), seconds, told=guesses)
 
     def gained(self, name: str, asked: Iterable[tuple[int, int]]) -> None:
         """(sequence, drafts accepted) of all that the source was asked for in this step."""
@@ -143,9 +157,7 @@ class Yields:
             source.own[seq_id] = before + OWN_SHARE * (num_accepted - before)
         if counts:
             # Texts of one step are often alike: together they count once.
-            source.num_steps += 1
-            share = max(NEWEST_SHARE, 1 / (source.num_steps + FIRST_STEPS))
-            source.gain += share * (sum(counts.values()) / len(counts) - source.gain)
+            source.note_gain(sum(counts.values()) / len(counts))
 
     def release(self, seq_id: int) -> None:
         for source in self._sources.values():

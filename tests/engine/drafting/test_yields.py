@@ -17,6 +17,7 @@ class World:
         self.yields = Yields(lambda: self.now_s)
         self.fixed_s, self.each_s, self.gain = fixed_s, each_s, gain
         self.guessing_s = 0.0
+        self.reads = False  # it only reads
 
     def step(self, rivals: dict[int, float] | None = None) -> list[int]:
         if rivals is None:
@@ -26,8 +27,8 @@ class World:
             seconds = self.fixed_s + self.each_s * len(asked)
             self.now_s += seconds
             self.guessing_s += seconds
-            self.yields.took("x", len(asked), seconds)
-            self.yields.gained("x", [(seq_id, self.gain[seq_id]) for seq_id in asked])
+            self.yields.took("x", len(asked), seconds, num_behind=len(asked) * self.reads)
+            self.yields.gained("x", [(seq_id, self.gain[seq_id]) for seq_id in asked if not self.reads])
         self.now_s += 0.05
         return asked
 
@@ -101,6 +102,24 @@ def test_one_long_prompt_is_borne_by_many_guesses():
     for _ in range(500):
         yields.took("x", 1, 0.01)
     assert yields._sources["x"].time.expected_s(1) == pytest.approx(0.01, rel=0.1)
+
+
+def test_who_never_catches_up_any_more_is_tried_for_a_small_share_of_the_time():
+    """Prompts come faster than they are read: nothing is ever gained of what that takes, be it little."""
+    world = World(0.01, 0.0, {1: 2})
+    for _ in range(200):
+        assert world.step(), "it pays while there is time to guess"
+    world.reads, world.gain = True, {2: 2}
+    for _ in range(2000):
+        world.step()
+    begun_s, spent_s = world.now_s, world.guessing_s
+    for _ in range(2000):
+        world.step()
+    assert 0 < world.guessing_s - spent_s < (world.now_s - begun_s) / SHORTEST_PAUSE
+    world.reads = False
+    for _ in range(20_000):
+        world.step()
+    assert all(world.step() for _ in range(50)), "it has time again"
 
 
 def test_nothing_is_kept_of_who_has_ended():
