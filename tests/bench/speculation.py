@@ -4,10 +4,10 @@
         [--tokens 96] [--temperature 0] [--draft-model FOLDERS] [--draft-overlap auto] [--num-threads 0]
 
 Three kinds of work, three prompts each. Clients ask one prompt after another, and neighbours begin with
-different ones; each has a salt of its own in each round, so that nobody finds pages or answers of others. Plain
-and speculative alternate, in one process. Speed is the ratio of the times of a whole round, prompts included:
-the median over the rounds, with the least and the most. Texts are compared, and one that differs ends the
-benchmark.
+different ones; each has a salt of its own in each round, so that nobody finds pages or answers of others.
+Plain and speculative alternate, in one process. Speed is the ratio of the times of a whole round, prompts
+included: the median over the rounds, with the least and the most. Texts are compared, and one that differs
+ends the benchmark.
 """
 
 from __future__ import annotations
