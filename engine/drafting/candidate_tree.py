@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting.guess import ROOT, Guess
 from engine.drafting.kinds import NUM_KINDS, belief_of, kind_of
+from engine.drafting.standing import Standing
 from engine.sampling.places import Place
 from engine.sampling.ranking import is_random
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from scheduler.types import Sequence
 
 LEAST_CHANCE = 0.01  # of a whole path: what is less likely is not drafted
-PRIOR = 4.0  # drafts that a belief counts as much as
-MEMORY = 200.0  # drafts of a kind that count; of earlier ones less and less does
+MEMORY = 200.0  # drafts of a kind that count
 _DEPTHS = (1, 2, 4, 8)  # from here on drafts are further away
 
 
@@ -50,12 +50,12 @@ def best_first(
     *,
     spreads: bool = True,
     drawn: bool = False,
-    experience: Experience | None = None,
+    standing: Standing | None = None,
 ) -> Guess:
     """At most `limit` drafts. `spreads`: whatever stands before it, a place has the same candidates; else
     they were found for the best ones before it, and the others have no drafts behind them. `drawn`: with
     noise."""
-    known = Experience() if experience is None else experience
+    known = Standing() if standing is None else standing
     tokens: list[int] = []
     parents: list[int] = []
     kinds: list[int] = []
@@ -82,35 +82,18 @@ def best_first(
     return Guess(tuple(tokens), tuple(parents), tuple(kinds), tuple(beliefs))
 
 
-class Experience:
-    """How often drafts of each kind have stood; of earlier ones less and less counts."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, float] = {}
-        self._stood: dict[int, float] = {}
-
-    def chance(self, kind: int, belief: float) -> float:
-        """That a draft stands if the one that it follows does."""
-        return (PRIOR * belief + self._stood.get(kind, 0.0)) / (PRIOR + self._seen.get(kind, 0.0))
-
-    def note(self, kind: int, stood: bool) -> None:
-        keep = 1.0 - 1.0 / MEMORY
-        self._seen[kind] = self._seen.get(kind, 0.0) * keep + 1.0
-        self._stood[kind] = self._stood.get(kind, 0.0) * keep + stood
-
-
 class CandidateTrees:
     """The last tree of each sequence, and what became of all before."""
 
     def __init__(self) -> None:
-        self.experience = Experience()
+        self.standing = Standing(MEMORY)
         self._last: dict[int, tuple[int, Guess]] = {}  # behind so many tokens
 
     def hope(self, sequence: Sequence, level: Level, depth: int) -> float:
         """The chance of the candidate that is likeliest to stand at this place, if those before it do."""
         drawn = is_random(Place(sequence))
         return max(
-            self.experience.chance(_kind(chance, rank, depth, drawn=drawn), belief_of(chance))
+            self.standing.chance(_kind(chance, rank, depth, drawn=drawn), belief_of(chance))
             if chance
             else 0.0
             for rank, chance in enumerate(level.chances)
@@ -120,7 +103,7 @@ class CandidateTrees:
         """The best drafts behind the sequence's last token; see `best_first`."""
         self._learn(sequence)
         drawn = is_random(Place(sequence))
-        guess = best_first(levels, limit, spreads=spreads, drawn=drawn, experience=self.experience)
+        guess = best_first(levels, limit, spreads=spreads, drawn=drawn, standing=self.standing)
         self._last[sequence.seq_id] = len(sequence.tokens), guess
         return guess
 
@@ -138,7 +121,7 @@ class CandidateTrees:
             at = ROOT
             for draft in children:
                 stood = guess.tokens[draft] == token
-                self.experience.note(guess.kinds[draft], stood)
+                self.standing.note(guess.kinds[draft], stood)
                 at = draft if stood else at
             if at == ROOT:
                 return

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from engine.drafting.guess import ROOT, Guess
-from engine.drafting.kinds import belief_of, kind_of
+from engine.drafting.kinds import NUM_KINDS, belief_of, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -49,7 +49,7 @@ class GrowingTree:
         depth = self.nodes[parent].depth + 1 if parent != ROOT else 0
         above = self.nodes[parent].score if parent != ROOT else 1.0
         for rank, (token, chance) in enumerate(zip(tokens, chances, strict=True)):
-            score = above * self.standing.chance(chance, rank, drawn=self.drawn)
+            score = above * self._chance(chance, rank)
             if score >= LEAST_SCORE:
                 self.nodes.append(Node(token, parent, depth, rank, chance, score))
         self._choose()
@@ -114,7 +114,7 @@ class GrowingTree:
             for child in children.get(at, ()):
                 node = self.nodes[child]
                 stood = node.token == token
-                self.standing.note(node.chance, node.rank, drawn=self.drawn, stood=stood)
+                self.standing.note(self._kind(node.chance, node.rank), stood)
                 following = child if stood else following
             if following == ROOT:
                 break
@@ -138,12 +138,20 @@ class GrowingTree:
                 parent = number[node.parent]
                 number[index] = len(tree.nodes)
                 above = tree.nodes[parent].score if parent != ROOT else 1.0
-                score = above * self.standing.chance(node.chance, node.rank, drawn=self.drawn)
+                score = above * self._chance(node.chance, node.rank)
                 tree.nodes.append(node._replace(parent=parent, depth=node.depth - top, score=score))
         computed = [node for node in self.computed if number.get(node, ROOT) != ROOT]
         tree.compute([number[node] for node in computed])
         tree._choose()
         return tree, self.slots(computed)
+
+    def _chance(self, chance: float, rank: int) -> float:
+        """That such a node stands if its parent does; 0 stays 0."""
+        return self.standing.chance(self._kind(chance, rank), belief_of(chance)) if chance else 0.0
+
+    def _kind(self, chance: float, rank: int) -> int:
+        """Where tokens are drawn with noise, a chance says something else."""
+        return kind_of(chance, rank) + NUM_KINDS * self.drawn
 
     def _choose(self) -> None:
         ordered = sorted(range(len(self.nodes)), key=lambda node: (-self.nodes[node].score, node))

@@ -7,33 +7,21 @@ what came of it before.
 
 from __future__ import annotations
 
-from engine.drafting.kinds import NUM_KINDS, belief_of, kind_of
-
 PRIOR = 4.0  # drafts that a belief counts as much as
-MEMORY = 400.0  # drafts that count; of earlier ones less and less does
 
 
 class Standing:
-    """Drafts that are drawn with noise are counted apart: their chances are of another kind."""
+    """Of drafts by kind. `memory`: so many of a kind count; of earlier ones less and less does."""
 
-    def __init__(self) -> None:
-        self._stood = [0.0] * (2 * NUM_KINDS)
-        self._seen = [0.0] * (2 * NUM_KINDS)
+    def __init__(self, memory: float = 400.0) -> None:
+        self._keep = 1.0 - 1.0 / memory
+        self._seen: dict[int, float] = {}
+        self._stood: dict[int, float] = {}
 
-    def chance(self, chance: float, rank: int, *, drawn: bool) -> float:
-        """That a draft stands which is its parent's `rank`-th child and leads by `chance`, if its parent
-        does; 0 stays 0."""
-        if not chance:
-            return 0.0
-        kind = _index(chance, rank, drawn)
-        return (PRIOR * belief_of(chance) + self._stood[kind]) / (PRIOR + self._seen[kind])
+    def chance(self, kind: int, belief: float) -> float:
+        """That a draft stands if the one that it follows does."""
+        return (PRIOR * belief + self._stood.get(kind, 0.0)) / (PRIOR + self._seen.get(kind, 0.0))
 
-    def note(self, chance: float, rank: int, *, drawn: bool, stood: bool) -> None:
-        kind = _index(chance, rank, drawn)
-        keep = 1.0 - 1.0 / MEMORY
-        self._seen[kind] = self._seen[kind] * keep + 1.0
-        self._stood[kind] = self._stood[kind] * keep + stood
-
-
-def _index(chance: float, rank: int, drawn: bool) -> int:
-    return kind_of(chance, rank) + NUM_KINDS * drawn
+    def note(self, kind: int, stood: bool) -> None:
+        self._seen[kind] = self._seen.get(kind, 0.0) * self._keep + 1.0
+        self._stood[kind] = self._stood.get(kind, 0.0) * self._keep + stood

@@ -6,7 +6,6 @@ import random
 
 from engine.drafting.growing_tree import MAX_COMPUTED, GrowingTree
 from engine.drafting.guess import ROOT
-from engine.drafting.kinds import belief_of
 from engine.drafting.standing import Standing
 
 
@@ -114,13 +113,24 @@ def test_what_grew_behind_a_node_is_a_tree_of_its_own():
 
 def test_experience_replaces_belief():
     standing = Standing()
-    assert standing.chance(0.3, 0, drawn=True) == belief_of(0.3)
+    assert standing.chance(3, 0.3) == 0.3
     for _ in range(50):
-        standing.note(0.3, 0, drawn=True, stood=True)
-    assert standing.chance(0.3, 0, drawn=True) > 0.9
-    assert standing.chance(0.3, 1, drawn=True) == belief_of(0.3), "of another rank"
-    assert standing.chance(0.3, 0, drawn=False) == belief_of(0.3), "chances of greedy drafts are others"
+        standing.note(3, True)
+    assert standing.chance(3, 0.3) > 0.9
+    assert standing.chance(4, 0.3) == 0.3, "of another kind"
     for _ in range(4000):
-        standing.note(0.3, 0, drawn=True, stood=False)
-    assert standing.chance(0.3, 0, drawn=True) < 0.05, "the latest count most"
-    assert standing.chance(0.0, 0, drawn=True) == 0.0
+        standing.note(3, False)
+    assert standing.chance(3, 0.3) < 0.05, "the latest count most"
+
+
+def test_drawn_drafts_and_ranks_are_told_apart_and_no_chance_stays_none():
+    standing = Standing()
+    for _ in range(50):
+        tree = GrowingTree(4, standing, drawn=True)
+        tree.grow(ROOT, [7], [0.3])
+        tree.followed([7])
+    drawn, greedy = GrowingTree(4, standing, drawn=True), GrowingTree(4, standing, drawn=False)
+    for tree in (drawn, greedy):
+        tree.grow(ROOT, [7, 8, 9], [0.3, 0.3, 0.0])
+    assert drawn.nodes[0].score > 0.9
+    assert [node.score for node in (drawn.nodes[1], *greedy.nodes)] == [0.3] * 3

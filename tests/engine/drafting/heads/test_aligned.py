@@ -124,11 +124,11 @@ def test_who_knows_the_target_is_never_wrong(seed, from_token, sampling, monkeyp
     assert sum(map(len, told.values())) > 200
     head, scattered = core.speculation.drafters["head"], core.speculation.drafters["scattered"]
     assert scattered.num_kept > 30
-    seen, stood = first_choices(dict(enumerate(head.standing._seen)), dict(enumerate(head.standing._stood)))
+    seen, stood = first_choices(head.standing._seen, head.standing._stood)
     assert seen == stood > 30
     if sampling is GREEDY:
-        experience = core.speculation.drafters["medusa"].trees.experience
-        seen, stood = first_choices(experience._seen, experience._stood)
+        standing = core.speculation.drafters["medusa"].trees.standing
+        seen, stood = first_choices(standing._seen, standing._stood)
         assert seen == stood > 30
     assert not head.waiting._progress
     assert not head._trees

@@ -100,7 +100,7 @@ def paths(guess: Guess) -> list[tuple[int, ...]]:
 def drafts_stood(standing: Standing, *, drawn: bool) -> tuple[float, float]:
     """Of the first choices for their places, behind drafts that stood: how many stood, of how many."""
     first = NUM_KINDS * drawn
-    kinds = range(first, first + NUM_CHANCES)
+    kinds = standing._seen.keys() & set(range(first, first + NUM_CHANCES))
     return sum(standing._stood[k] for k in kinds), sum(standing._seen[k] for k in kinds)
 
 
