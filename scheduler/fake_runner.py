@@ -191,6 +191,8 @@ class FakeRunner:
         num_known = len(piece.tokens) - piece.num_window
         if piece.start + num_known < len(sequence.tokens):
             return Advance(piece.seq_id, (), num_known)
+        if piece.num_window and sequence.window.optional and self._rng.random() < 0.05:
+            return Advance(piece.seq_id, (), 0, spoiled=True)
         place = sequence.num_output
         if piece.visibility is Visibility.ALL:
             return self._unmask(piece, sequence, num_known)
