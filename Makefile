@@ -7,8 +7,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MODEL ?=
 ARGS ?=
-# Two files at a time, each on one worker, so that what a module's fixture started is started once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two files at a time, each on one worker, so that what a module's fixture started is started once; in the
+# order of tests/conftest.py.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 RESULT ?= tests/bench/results/$(shell date +%Y-%m-%d).json
 SEEDS ?= 10000
 

@@ -183,7 +183,7 @@ def test_what_cannot_be_served_is_said_in_one_line(flags, cause):
 
 def test_short_answers_while_a_long_prompt_is_read():
     """A long prompt is computed in chunks beside the others: nobody waits for its end."""
-    with Daemon() as daemon:
+    with Daemon("--max-num-batched-tokens", "256") as daemon:
 
         def read_long() -> None:
             with contextlib.suppress(httpx.HTTPError):  # it is not waited for

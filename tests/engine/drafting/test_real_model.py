@@ -43,6 +43,7 @@ def core(smollm2_gguf):
     config = EngineConfig(
         model=str(smollm2_gguf),
         device="cpu",
+        num_threads=1,  # tests/e2e/test_same_text.py takes every core
         state_folder="-",
         costs=COSTS,
         max_model_len=PAGE_SIZE * NUM_PAGES,
