@@ -189,3 +189,23 @@ def test_vocabularies_of_another_size_agree_on_the_tokens_that_both_have(vocab_s
     (guess,) = drafter.guess([Want(one, 20)])
     found = paths(guess)
     assert max(token for path in found for token in path) < min(vocab_size, VOCAB)
+
+
+def test_what_two_threads_read_was_counted_before(model):
+    """A guess that takes no pass asks no processor; going ahead, it must not count beside the target."""
+    drafter = small_model(model, cost=0.02)
+    one = sequence(PROMPT, temperature=0.0, presence_penalty=0.4)
+    processor = drafter.draft.processor_of(one)
+    drafter.draft.processor_of = lambda sequence: processor
+    drafter.guess([Want(one, 8)])
+    for _ in drafter.ahead([one]):
+        pass
+    tree = drafter.following.grown(one)
+    one.tokens += tree.path(
+        next(node.parent for node in tree.nodes if node.depth)
+    )  # it has grown behind that
+    drafter.cost = 10.0
+    assert drafter.guess([Want(one, 8)])[0].tokens
+    assert processor._num_counted < one.num_output, "it was not asked"
+    drafter.ahead([one])
+    assert processor._num_counted == one.num_output
