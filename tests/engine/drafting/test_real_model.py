@@ -48,6 +48,7 @@ def core(smollm2_gguf):
         costs=COSTS,
         max_model_len=PAGE_SIZE * NUM_PAGES,
         draft_model=str(smollm2_gguf),
+        draft_overlap="on",
         scheduler=SchedulerConfig(
             num_pages=NUM_PAGES, page_size=PAGE_SIZE, max_num_seqs=17, policy="fcfs", growth_share=0.0
         ),
