@@ -41,6 +41,7 @@ logger = logging.getLogger("octavo.engine")
 
 METHOD = "speculative"
 MAX_DRAFTS = 32  # of a drafter for one sequence in one step
+MAX_GUESSED = 256  # of a drafter in one step: where many sequences share it, few drafts of each are granted
 MAX_TREE = 64  # nodes: a row says in one word which of them it sees
 TOGETHER = "light"  # those drafters that cost next to nothing, as one source
 
@@ -81,6 +82,7 @@ class Speculation:
         self._showing_s: dict[str, float] = {}  # by source: what telling it of the last step took
         self._waiting_s: dict[str, float] = {}  # by source: for how long a step that was done waited for it
         self._economy: StepEconomy | None = None  # of this step, if anybody was asked to draft for it
+        self._most = MAX_DRAFTS  # for one sequence in this step
         self._spent_s = 0.0  # between this step and the one before, on drafting
         self._asked: dict[int, Offer] = {}  # in this step
         self._met: dict[int, Sequence] = {}  # those that drafters may know something of, while they live
@@ -96,7 +98,8 @@ class Speculation:
         if not room:
             return
         economy = self.costs.economy(*self.scheduler.without_drafts())
-        if not may_pay(economy, min(room, MAX_DRAFTS * len(ready))):
+        self._most = max(1, min(MAX_DRAFTS, MAX_GUESSED // len(ready)))
+        if not may_pay(economy, min(room, self._most * len(ready))):
             return
         if self.ledger.may_speculate(economy.num_committed):
             begun_s = time.perf_counter()
@@ -186,8 +189,8 @@ class Speculation:
             raise ValueError(f"drafts that are no tree: {guess}")
 
     def _limit(self, sequence: Sequence) -> int:
-        asked = sequence.request.max_draft_tokens or MAX_DRAFTS
-        return min(MAX_DRAFTS, asked, self.scheduler.most_drafts(sequence))
+        asked = sequence.request.max_draft_tokens or self._most
+        return min(self._most, asked, self.scheduler.most_drafts(sequence))
 
     def _tree_room(self, sequence: Sequence) -> int:
         """Nodes: of all drafters together no more than the request allows, the block or the context holds."""

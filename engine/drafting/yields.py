@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 NEWEST_SHARE = 0.02  # of a step in what is known of a source; more while little is known
 OWN_SHARE = 0.1  # of a guess in what is known of a sequence
 FIRST_GAIN = 1.0  # tokens that are expected of a guess before anything is known: hopeful, so that it is tried
-FIRST_STEPS = 4  # that weigh as much as that hope
+FIRST_STEPS = 1  # that weigh as much as that hope
 RELAXING = 0.001  # of a sequence that gained less than others, back to what they gain, with each step
 FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
 SHORTEST_PAUSE, LONGEST_PAUSE = 100.0, 3200.0  # until the next trial, in times of what the last one took
 BORNE_BY = 32  # calls that bear the time of reading a prompt, the first ones most
 MOST_READING = 128  # calls in a row that only read: more are of prompts that come faster than they are read
-PROBED = 4  # sequences of a trial
+PROBED = 4  # sequences of a trial; of the first one, as nobody knows its price, one
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Yields:
             source.rest(self._clock(), source.time.expected_s(PROBED))
         if self._clock() < source.next_trial_s:
             return []
-        return sorted(surplus, key=surplus.__getitem__)[-PROBED:]
+        return sorted(surplus, key=surplus.__getitem__)[-PROBED if source.time.calls else -1 :]
 
     def is_paying(self, name: str) -> bool:
         """Else it is only tried."""

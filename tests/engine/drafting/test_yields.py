@@ -35,6 +35,7 @@ class World:
 
 def test_who_pays_is_always_asked():
     world = World(0.01, 0.0, {1: 1, 2: 2})
+    assert len(world.step()) == 1, "the first time, as nobody knows the price"
     assert all(world.step() == [1, 2] for _ in range(200))
 
 
