@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 KEY_BLOCK = 128
 MASKED = -1e30  # finite: a block that a row cannot see at all then merges with weight exactly 0
+LEAST_EXPONENT = -80.0  # of e; libraries take up to 15 times as long over a result that underflows
+LEAST_WEIGHT = 2e-35  # a bit more than that result: smaller weights are exactly 0, those of hidden slots too
 SUM_COLUMNS = 16  # of ones: with fewer, matrix libraries pick loops that are slower, or add in another order
 MAX_BATCHED_ROWS = 16  # slices up to this many rows share a launch; longer ones go one by one
 
@@ -117,13 +119,13 @@ class ReferenceAttention:
             peak = scores.amax(-1, keepdim=True)
             if first == 0:
                 top = peak
-                weights = scores.sub_(top).exp_()
+                weights = _weights(scores, top)
                 total = self._total(weights, block.own)
                 merged = torch.bmm(weights, value)
                 continue
             raised = torch.maximum(top[:live], peak)
             shrink = (top[:live] - raised).exp_()
-            weights = scores.sub_(raised).exp_()
+            weights = _weights(scores, raised)
             top[:live] = raised
             total[:live] = total[:live] * shrink + self._total(weights, block.own)
             merged[:live] = merged[:live] * shrink + torch.bmm(weights, value)
@@ -191,6 +193,11 @@ class ReferenceAttention:
 
     def _tensor(self, array: NDArray[np.int64] | NDArray[np.bool_]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _weights(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """e ** (scores - top), in the place of the scores."""
+    return F.threshold_(scores.sub_(top).clamp_(min=LEAST_EXPONENT).exp_(), LEAST_WEIGHT, 0.0)
 
 
 def _masked_blocks(starts: NDArray[np.int64], ends: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
