@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from collections.abc import Sequence as SequenceOf
 
-LEAST_GAIN = 1.05  # of the step's expected tokens per second, over those without drafts
+LEAST_GAIN = 1.1  # of the step's expected tokens per second, over those without drafts
 
 
 class Candidate(NamedTuple):
@@ -34,12 +34,19 @@ class StepEconomy:
     num_committed: int  # tokens that it commits
     num_rows: int  # tokens that it computes
     row_block: int  # rows are computed in blocks of so many
+    first_s: float = 0.0  # for the first draft
     block_s: float  # for one more block of rows
     draft_s: float  # for each draft, sampled and verified
 
     def added_s(self, num_drafts: int) -> float:
         blocks = -(-(self.num_rows + num_drafts) // self.row_block) - -(-self.num_rows // self.row_block)
-        return self.block_s * blocks + self.draft_s * num_drafts
+        return (self.first_s if num_drafts else 0.0) + self.block_s * blocks + self.draft_s * num_drafts
+
+    def price(self, num_drafts: int) -> float:
+        """Of each of so many drafts: tokens that would be committed in the same time without them."""
+        if not num_drafts or not self.step_s:
+            return 0.0
+        return self.added_s(num_drafts) / num_drafts * self.num_committed / self.step_s
 
 
 def grant(

@@ -33,7 +33,7 @@ class DraftTree:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.authors: list[str] = []
-        self._places: list[list[int]] = []  # of each proposal's drafts
+        self.places: list[list[int]] = []  # of each proposal's drafts
         alone: list[float] = []  # chances where what they follow stands
         found: dict[tuple[int, int], int] = {}  # what it follows, token -> draft
         for drafter, guess, chances in proposals:
@@ -50,7 +50,7 @@ class DraftTree:
                 elif chance > alone[place]:
                     self.authors[place] = drafter
                     alone[place] = chance
-            self._places.append(places)
+            self.places.append(places)
         self.chances = self._chances(alone)
 
     def _chances(self, alone: list[float]) -> list[float]:
@@ -100,7 +100,7 @@ class DraftTree:
 
     def part_of(self, number: int, drafts: Collection[int], stood: Collection[int]) -> tuple[Guess, set[int]]:
         """Of a proposal what was computed, and which of it stood; `drafts`, `stood` are of the tree."""
-        places = self._places[number]
+        places = self.places[number]
         kept = [draft for draft, place in enumerate(places) if place in drafts]
         right = {index for index, draft in enumerate(kept) if places[draft] in stood}
         return take(self.proposals[number].guess, kept), right

@@ -97,7 +97,10 @@ class Speculation:
         room = self.scheduler.room_for_drafts() if ready else 0
         if not room:
             return
-        economy = self.costs.economy(*self.scheduler.without_drafts())
+        slices, num_committed = self.scheduler.without_drafts()
+        if self.costs.lacks_plain(slices):
+            return
+        economy = self.costs.economy(slices, num_committed)
         self._most = max(1, min(MAX_DRAFTS, MAX_GUESSED // len(ready)))
         if not may_pay(economy, min(room, self._most * len(ready))):
             return
@@ -109,6 +112,7 @@ class Speculation:
     def _offer_to(self, ready: dict[int, Sequence], room: int, economy: StepEconomy) -> float:
         """-> seconds spent on trials, which have a bound of their own"""
         trials_s = 0.0
+        self.yields.at(economy.num_committed)
         tokens_per_s = economy.num_committed / economy.step_s if economy.step_s else 0.0
         proposals: dict[int, list[Proposal]] = {seq_id: [] for seq_id in ready}
         trees: dict[int, DraftTree] = {}
@@ -243,7 +247,9 @@ class Speculation:
         begun_s, num_stood = time.perf_counter(), 0
         verified: dict[int, tuple[Verified, ...]] = {}
         seen: list[Seen] = []
-        gains: dict[str, list[tuple[int, int]]] = {}
+        gains: dict[str, list[tuple[int, float]]] = {}
+        num_drafts = sum(piece.num_window for piece in plan.slices)
+        price = self._economy.price(num_drafts) if self._economy is not None else 0.0
         pieces = {piece.seq_id: piece for piece in plan.slices}
         for outcome in outcomes:
             computed, piece = outcome.seen, pieces[outcome.advance.seq_id]
@@ -268,11 +274,10 @@ class Speculation:
             )
             if offer is not None and len(offer.drafts) == piece.num_window:
                 num_stood += len(computed.kept)
-                stood = self._judge(sequence, offer, [offer.drafts[place] for place in computed.kept])
-                for source, count in stood.items():
-                    gains.setdefault(source, []).append((piece.seq_id, count))
+                path = [offer.drafts[place] for place in computed.kept]
+                for source, gain in self._judge(sequence, offer, path, price).items():
+                    gains.setdefault(source, []).append((piece.seq_id, gain))
                 if offer.drafts:
-                    path = [offer.drafts[place] for place in computed.kept]
                     expected = sum(offer.tree.chances[draft] for draft in offer.drafts)
                     self.acceptance.note_granted(expected, len(path))
                     verified[piece.seq_id] = offer.tree.verified(offer.drafts, path)
@@ -281,7 +286,6 @@ class Speculation:
         if seen:
             self._show(seen)
         if self._economy is not None:
-            num_drafts = sum(piece.num_window for piece in plan.slices)
             self._spent_s += time.perf_counter() - begun_s
             self._settle(self._economy, num_drafts, num_stood)
         return verified
@@ -293,18 +297,23 @@ class Speculation:
             won -= (self._spent_s + economy.added_s(num_drafts)) / economy.step_s
         self.ledger.note(economy.num_committed, won)
 
-    def _judge(self, sequence: Sequence, offer: Offer, path: SequenceOf[int]) -> dict[str, int]:
-        """-> how many drafts of each source stood"""
+    def _judge(
+        self, sequence: Sequence, offer: Offer, path: SequenceOf[int], price: float
+    ) -> dict[str, float]:
+        """`price`: tokens, of a draft that was computed. -> what each source gained: drafts that stood, less
+        the price of all of its"""
         drafts, stood = set(offer.drafts), set(path)
-        counts = dict.fromkeys(offer.sources, 0)
+        most_right = dict.fromkeys(offer.sources, 0)
+        computed: dict[str, set[int]] = {source: set() for source in offer.sources}
         for number, proposal in enumerate(offer.tree.proposals):
             guess, right = offer.tree.part_of(number, drafts, stood)
             judged = _judged(sequence, proposal.drafter)
             self.acceptance.note(sequence.seq_id, judged, guess, right)
             source = _source(proposal.drafter)
-            if source in counts:
-                counts[source] = max(counts[source], len(right))
-        return counts
+            if source in computed:
+                most_right[source] = max(most_right[source], len(right))
+                computed[source] |= drafts.intersection(offer.tree.places[number])
+        return {source: most_right[source] - price * len(computed[source]) for source in offer.sources}
 
     def _show(self, seen: list[Seen]) -> None:
         """To those who may draft for a sequence. Where nobody was asked, load is high: then the cheap ones,

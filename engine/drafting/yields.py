@@ -9,7 +9,7 @@ it. Whoever is not asked is tried again, as traffic changes, after ever longer p
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ FORGETTING = 0.95  # of the seconds of all earlier calls, with each call
 SHORTEST_PAUSE, LONGEST_PAUSE = 100.0, 3200.0  # until the next trial, in times of what the last one took
 BORNE_BY = 32  # calls that bear the time of reading a prompt, the first ones most
 MOST_READING = 128  # calls in a row that only read: more are of prompts that come faster than they are read
-PROBED = 4  # sequences of a trial; of the first one, as nobody knows its price, one
+CHEAP = 0.1  # tokens
+PROBED = 4  # sequences of a trial where a guess is known to be that cheap; otherwise one
 
 
 @dataclass(slots=True)
@@ -63,22 +64,29 @@ class _CallTime:
 
 
 @dataclass(slots=True)
+class _Trials:
+    """Of a source, at whatever load."""
+
+    pause: float = SHORTEST_PAUSE
+    next_s: float = 0.0
+
+    def rest(self, now_s: float, trial_s: float, *, told: bool = True) -> None:
+        """Until the next one. A trial that has `told` nothing, as it only read, makes no pause longer."""
+        self.next_s = now_s + self.pause * trial_s
+        if told:
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+
+@dataclass(slots=True)
 class _Source:
     time: _CallTime = field(default_factory=_CallTime)
-    gain: float = FIRST_GAIN  # accepted drafts of a guess, whether any of it was computed or not
+    trials: _Trials = field(default_factory=_Trials)
+    gain: float = FIRST_GAIN  # tokens of a guess, whether any of it was computed or not
     num_steps: int = 0  # in which it was asked
     own: dict[int, float] = field(default_factory=dict)  # the same of each sequence
-    pause: float = SHORTEST_PAUSE
-    next_trial_s: float = 0.0
     is_paying: bool = False
     debt_s: float = 0.0  # of reading prompts, not yet counted as time of guesses
     num_reading: int = 0  # calls in a row, the latest ones, that only read
-
-    def rest(self, now_s: float, trial_s: float, *, told: bool = True) -> None:
-        """Until its next trial. One that has `told` nothing, as it only read, makes no pause longer."""
-        self.next_trial_s = now_s + self.pause * trial_s
-        if told:
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def note_gain(self, gain: float) -> None:
         """Of a step."""
@@ -95,33 +103,51 @@ class _Source:
 
 class Yields:
     """Of each source of drafts, by name: a drafter whose guesses cost a forward pass, or several whose cost
-    next to nothing together."""
+    next to nothing together. What steps have taught counts for their load: the fuller a batch, the fewer
+    drafts pay. A load that is new is taken to be like the nearest one that is known."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._sources: dict[str, _Source] = {}
+        self._loads: dict[int, dict[str, _Source]] = {}  # by the load's binary order of magnitude
+        self.at(1)
+
+    def at(self, num_committed: int) -> None:
+        """The step to come commits so many tokens without drafts."""
+        self._load = num_committed.bit_length()
+        self._sources = self._loads.setdefault(self._load, {})
 
     def worth_asking(self, name: str, rivals: dict[int, float], tokens_per_s: float) -> list[int]:
         """`rivals`: sequences that the source could be asked for, and the tokens that are expected of drafts
         that are there already. `tokens_per_s`: of the step as it would be. -> those to ask it for"""
-        source = self._sources.setdefault(name, _Source())
+        source = self._sources.get(name) or self._meet(name)
         fixed_s, each_s = source.time.fixed_and_each()
         price, fixed_price = each_s * tokens_per_s, fixed_s * tokens_per_s
         own, gain = source.own, source.gain
         surplus = {seq_id: own.get(seq_id, gain) - rival - price for seq_id, rival in rivals.items()}
         asked = [seq_id for seq_id, tokens in surplus.items() if tokens > 0]
         if source.time.calls and asked and sum(surplus[seq_id] for seq_id in asked) > fixed_price:
-            source.is_paying, source.pause = True, SHORTEST_PAUSE
+            source.is_paying, source.trials.pause = True, SHORTEST_PAUSE
             if len(asked) < len(surplus):
                 source.relax(surplus)
             return asked
         source.relax(surplus)
         if source.is_paying:
             source.is_paying = False
-            source.rest(self._clock(), source.time.expected_s(PROBED))
-        if self._clock() < source.next_trial_s:
+            source.trials.rest(self._clock(), source.time.expected_s(1))
+        if self._clock() < source.trials.next_s:
             return []
-        return sorted(surplus, key=surplus.__getitem__)[-PROBED if source.time.calls else -1 :]
+        num_probed = PROBED if source.time.calls and price + fixed_price < CHEAP else 1
+        return sorted(surplus, key=surplus.__getitem__)[-num_probed:]
+
+    def _meet(self, name: str) -> _Source:
+        """At this load."""
+        known = [load for load, sources in self._loads.items() if name in sources]
+        source = _Source()
+        if known:
+            near = self._loads[min(known, key=lambda load: abs(load - self._load))][name]
+            source = _Source(replace(near.time), near.trials, near.gain)
+        self._sources[name] = source
+        return source
 
     def is_paying(self, name: str) -> bool:
         """Else it is only tried."""
@@ -146,19 +172,21 @@ class Yields:
         if never_guesses:
             source.note_gain(0.0)
         if not source.is_paying:
-            source.rest(self._clock(), seconds, told=guesses)
+            source.trials.rest(self._clock(), seconds, told=guesses)
 
-    def gained(self, name: str, asked: Iterable[tuple[int, int]]) -> None:
-        """(sequence, drafts accepted) of all that the source was asked for in this step."""
+    def gained(self, name: str, asked: Iterable[tuple[int, float]]) -> None:
+        """(sequence, tokens) of all that the source was asked for in this step: drafts that stood, less what
+        its drafts cost."""
         source = self._sources[name]
-        counts = dict(asked)
-        for seq_id, num_accepted in counts.items():
+        gains = dict(asked)
+        for seq_id, gain in gains.items():
             before = source.own.get(seq_id, source.gain)
-            source.own[seq_id] = before + OWN_SHARE * (num_accepted - before)
-        if counts:
+            source.own[seq_id] = before + OWN_SHARE * (gain - before)
+        if gains:
             # Texts of one step are often alike: together they count once.
-            source.note_gain(sum(counts.values()) / len(counts))
+            source.note_gain(sum(gains.values()) / len(gains))
 
     def release(self, seq_id: int) -> None:
-        for source in self._sources.values():
-            source.own.pop(seq_id, None)
+        for sources in self._loads.values():
+            for source in sources.values():
+                source.own.pop(seq_id, None)

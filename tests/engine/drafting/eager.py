@@ -33,12 +33,18 @@ class Generous:
             draft_s=0.0,
         )
 
+    def lacks_plain(self, slices: object) -> bool:
+        return False
+
     def note(self, plan: object, seconds: float) -> None:
         pass
 
 
 class Asking:
     """Yields of which nothing is learned."""
+
+    def at(self, num_committed: int) -> None:
+        pass
 
     def worth_asking(self, name: str, rivals: dict[int, float], tokens_per_s: float) -> list[int]:
         return list(rivals)

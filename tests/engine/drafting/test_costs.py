@@ -7,6 +7,7 @@ import pytest
 from engine.drafting.costs import DraftCosts
 from scheduler.costs import CostModel
 from scheduler.plan import Slice, StepPlan
+from scheduler.speculation import StepEconomy
 
 
 def step(num_drafts: int = 0, number: int = 0) -> StepPlan:
@@ -14,27 +15,61 @@ def step(num_drafts: int = 0, number: int = 0) -> StepPlan:
     return StepPlan(number, (Slice(1, 50, tokens, tokens, 0, (), 1 + num_drafts, num_window=num_drafts),), ())
 
 
+ONE = [(50, 1)]  # the slices of such a step without drafts
+
+
+def found(costs: DraftCosts) -> StepEconomy:
+    return costs.economy(ONE, 1)
+
+
 def test_a_machine_many_times_slower_than_was_measured_is_known_after_a_while():
-    model = CostModel()
-    costs = DraftCosts(model, 8)
+    costs = DraftCosts(CostModel(), 8)
     for _ in range(200):
-        costs.note(step(), 20 * model.step([(50, 1)]))
-    assert costs.scale == pytest.approx(20, rel=0.02)
+        costs.note(step(), 20 * costs.costs.step(ONE))
+    assert found(costs).step_s == pytest.approx(20 * costs.costs.step(ONE), rel=0.02)
 
 
 def test_what_drafts_add_is_found_again():
-    model = CostModel()
-    costs = DraftCosts(model, 8)
+    costs = DraftCosts(CostModel(), 8)
     for number in range(1200):
         drafts = (0, 3, 7, 10, 15, 20)[number % 6]
         blocks = -(-(1 + drafts) // 8) - 1
-        costs.note(step(drafts), model.step([(50, 1)]) + 0.009 * blocks + 0.0004 * drafts)
-    assert costs.block_s == pytest.approx(0.009, rel=0.1)
-    assert costs.draft_s == pytest.approx(0.0004, rel=0.25)
+        first_s = 0.004 if drafts else 0.0
+        costs.note(step(drafts), costs.costs.step(ONE) + first_s + 0.009 * blocks + 0.0004 * drafts)
+    for drafts, seconds in ((3, 0.0052), (10, 0.017), (20, 0.03)):
+        assert found(costs).added_s(drafts) == pytest.approx(seconds, rel=0.1, abs=0.001)
+
+
+def test_steps_that_nearly_all_have_as_many_drafts_are_told_from_plain_ones():
+    costs = DraftCosts(CostModel(), 8)
+    num_plain = 0
+    for _ in range(500):
+        drafts = 0 if costs.lacks_plain(ONE) else 15
+        num_plain += not drafts
+        blocks = -(-(1 + drafts) // 8) - 1
+        costs.note(step(drafts), 0.4 * costs.costs.step(ONE) + 0.02 * blocks + 0.001 * drafts)
+    assert num_plain < 500 / 16
+    assert found(costs).step_s == pytest.approx(0.4 * costs.costs.step(ONE), rel=0.1)
+    assert found(costs).added_s(15) == pytest.approx(0.035, rel=0.1)
+
+
+def test_each_load_is_known_by_itself():
+    costs = DraftCosts(CostModel(), 8)
+    for _ in range(50):
+        costs.note(step(), 2 * costs.costs.step(ONE))
+    assert not costs.lacks_plain(ONE)
+    many = ONE * 32
+    assert costs.lacks_plain(many)
+    assert costs.economy(many, 32).step_s == pytest.approx(costs.costs.step(many))
+
+
+def test_a_step_with_a_prompt_shows_nothing_and_need_not_be_plain():
+    costs = DraftCosts(CostModel(), 8)
+    assert not costs.lacks_plain([(50, 1), (0, 64)])
 
 
 def test_a_machine_file_of_zeros_teaches_nothing():
     costs = DraftCosts(CostModel(step_s=0, slice_s=0, token_s=0, context_s=0, pair_s=0), 8)
     costs.note(step(), 0.1)
     costs.note(step(3), 0.1)
-    assert costs.scale == 1.0
+    assert costs.economy(ONE, 1).step_s == 0.0

@@ -128,3 +128,24 @@ def test_nothing_is_kept_of_who_has_ended():
     world.step()
     world.yields.release(1)
     assert not world.yields._sources["x"].own
+
+
+def test_what_does_not_pay_in_a_full_batch_may_pay_in_a_small_one():
+    world = World(0.0, 0.0001, {1: 0})
+    world.yields.at(32)
+    for _ in range(300):
+        world.step()
+    assert not world.step()
+    world.yields.at(1)
+    world.gain = {1: 2}
+    for _ in range(20):
+        world.step()
+    assert all(world.step() for _ in range(50))
+
+
+def test_a_trial_at_one_load_is_none_soon_after_at_another():
+    world = World(0.5, 0.0, {1: 0})
+    assert world.step() == [1]
+    for load in (2, 4, 8, 16, 32):
+        world.yields.at(load)
+        assert not world.step()
