@@ -197,7 +197,7 @@ class ReferenceAttention:
 
 def _weights(scores: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """e ** (scores - top), in the place of the scores."""
-    return F.threshold_(scores.sub_(top).clamp_(min=LEAST_EXPONENT).exp_(), LEAST_WEIGHT, 0.0)
+    return torch.threshold_(scores.sub_(top).clamp_(min=LEAST_EXPONENT).exp_(), LEAST_WEIGHT, 0.0)
 
 
 def _masked_blocks(starts: NDArray[np.int64], ends: NDArray[np.int64], num_blocks: int) -> NDArray[np.int64]:
