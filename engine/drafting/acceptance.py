@@ -70,7 +70,7 @@ class Acceptance:
         self._granted.note(expected, num_stood, GRANTED_DECAY)
 
     def note(self, seq_id: int, drafter: str, guess: Guess, stood: Collection[int]) -> None:
-        """Of the drafts of a guess, all of them verified, those numbered `stood` were right."""
+        """Of the drafts of a guess, of all of which it is known, those numbered `stood` were right."""
         own = self._own.setdefault(seq_id, {}).setdefault(drafter, Tally())
         for draft, (parent, kind, belief) in enumerate(
             zip(guess.parents, guess.kinds, guess.beliefs, strict=True)

@@ -98,8 +98,15 @@ class DraftTree:
             words.append((words[parent] if parent != ROOT else 0) | 1 << index)
         return Window(tokens, tuple(depths), Visibility.ANCESTORS, tuple(words), optional=True)
 
+    def beside(self, path: SequenceOf[int], text: SequenceOf[int]) -> tuple[set[int], set[int]]:
+        """The text went on with these tokens, along a path that stood -> drafts of which it says whether they
+        were right, computed or not: the path's and those beside it; and those that were."""
+        following = dict(zip((ROOT, *path), text, strict=False))
+        known = {draft for draft, parent in enumerate(self.parents) if parent in following}
+        return known, {draft for draft in known if self.tokens[draft] == following[self.parents[draft]]}
+
     def part_of(self, number: int, drafts: Collection[int], stood: Collection[int]) -> tuple[Guess, set[int]]:
-        """Of a proposal what was computed, and which of it stood; `drafts`, `stood` are of the tree."""
+        """Of a proposal what is known, and which of it stood; `drafts`, `stood` are of the tree."""
         places = self.places[number]
         kept = [draft for draft, place in enumerate(places) if place in drafts]
         right = {index for index, draft in enumerate(kept) if places[draft] in stood}

@@ -275,7 +275,8 @@ class Speculation:
             if offer is not None and len(offer.drafts) == piece.num_window:
                 num_stood += len(computed.kept)
                 path = [offer.drafts[place] for place in computed.kept]
-                for source, gain in self._judge(sequence, offer, path, price).items():
+                text = outcome.advance.committed
+                for source, gain in self._judge(sequence, offer, path, text, price).items():
                     gains.setdefault(source, []).append((piece.seq_id, gain))
                 if offer.drafts:
                     expected = sum(offer.tree.chances[draft] for draft in offer.drafts)
@@ -298,21 +299,25 @@ class Speculation:
         self.ledger.note(economy.num_committed, won)
 
     def _judge(
-        self, sequence: Sequence, offer: Offer, path: SequenceOf[int], price: float
+        self, sequence: Sequence, offer: Offer, path: SequenceOf[int], text: SequenceOf[int], price: float
     ) -> dict[str, float]:
-        """`price`: tokens, of a draft that was computed. -> what each source gained: drafts that stood, less
-        the price of all of its"""
+        """`text`: tokens that were committed; `price`: tokens, of a draft that was computed. -> what each
+        source gained: drafts that stood, less the price of all of its"""
         drafts, stood = set(offer.drafts), set(path)
+        known, right_ones = drafts, stood
+        if sequence.request.lossy is None:
+            # Also of drafts that were not granted: who is hopeless is never granted, and may become right.
+            beside, matching = offer.tree.beside(path, text)
+            known, right_ones = drafts | beside, stood | matching
         most_right = dict.fromkeys(offer.sources, 0)
         computed: dict[str, set[int]] = {source: set() for source in offer.sources}
         for number, proposal in enumerate(offer.tree.proposals):
-            guess, right = offer.tree.part_of(number, drafts, stood)
-            judged = _judged(sequence, proposal.drafter)
-            self.acceptance.note(sequence.seq_id, judged, guess, right)
-            source = _source(proposal.drafter)
+            guess, right = offer.tree.part_of(number, known, right_ones)
+            self.acceptance.note(sequence.seq_id, _judged(sequence, proposal.drafter), guess, right)
+            source, places = _source(proposal.drafter), offer.tree.places[number]
             if source in computed:
-                most_right[source] = max(most_right[source], len(right))
-                computed[source] |= drafts.intersection(offer.tree.places[number])
+                most_right[source] = max(most_right[source], len(stood.intersection(places)))
+                computed[source] |= drafts.intersection(places)
         return {source: most_right[source] - price * len(computed[source]) for source in offer.sources}
 
     def _show(self, seen: list[Seen]) -> None:

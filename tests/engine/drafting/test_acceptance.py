@@ -90,3 +90,44 @@ def test_what_stands_by_a_lossy_rule_is_no_hope_for_others():
     assert acceptance.chances(-1, "stubborn", LINE) == [0.6] * 3
     run(core, request("exact", [1, 2, 3], **fields))
     assert acceptance.chances(-1, "stubborn", LINE)[0] < 0.3
+
+
+class Late:
+    """Guesses one and the same kind of line: at first wrong ones, then what the text goes on with."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, text):
+        self.text = text
+        self.is_right = False
+
+    def guess(self, wants):
+        return [self._guess(want.sequence.num_output, want.limit) for want in wants]
+
+    def _guess(self, done, limit):
+        tokens = self.text[done : done + min(limit, 6)]
+        shift = 0 if self.is_right else 1
+        return line([(token + shift) % 300 for token in tokens], [0] * len(tokens), 0.5)
+
+    def observe(self, seen):
+        pass
+
+    def release(self, sequence):
+        pass
+
+
+def test_drafts_of_a_kind_that_was_always_wrong_are_granted_again_when_it_becomes_right():
+    fields = {"max_tokens": 100, "temperature": 0.0}
+    text = run(tiny_core(), request("plain", [1, 2, 3], **fields))["plain", 0].tokens
+    late = Late(text)
+    core = eager(tiny_core(drafters=lambda _: {"late": late}))
+    asked = {"method": "speculative", "drafter": "late", **fields}
+    for number in range(20):
+        run(core, request(f"wrong{number}", [1, 2, 3], **asked))
+    assert core.speculation.acceptance.chances(-1, "late", line([1], [0], 0.5))[0] < 0.15
+    late.is_right = True
+    for number in range(4):
+        run(core, request(f"right{number}", [1, 2, 3], **asked))
+    before = core.scheduler._num_steps
+    assert run(core, request("last", [1, 2, 3], **asked))["last", 0].tokens == text
+    assert core.scheduler._num_steps - before < 60
