@@ -23,6 +23,7 @@ PRIOR_TRIALS = 4.0
 SUREST = 0.98
 GRANTED_DECAY = 0.995  # of what is known of all granted drafts, with those of each sequence
 FIRST_GRANTED = 20.0  # drafts that stood as expected, before anything is known
+RELAXING = 0.001  # of what is known of granted drafts, back to that, with each step that grants none
 
 
 @dataclass(slots=True)
@@ -68,6 +69,12 @@ class Acceptance:
     def note_granted(self, expected: float, num_stood: int) -> None:
         """Of drafts with so many expected to stand so many did."""
         self._granted.note(expected, num_stood, GRANTED_DECAY)
+
+    def note_none_granted(self) -> None:
+        """Of those that a step could have had. Whoever is too sober to try would never find out."""
+        granted = self._granted
+        granted.trials += RELAXING * (FIRST_GRANTED - granted.trials)
+        granted.successes += RELAXING * (FIRST_GRANTED - granted.successes)
 
     def note(self, seq_id: int, drafter: str, guess: Guess, stood: Collection[int]) -> None:
         """Of the drafts of a guess, of all of which it is known, those numbered `stood` were right."""

@@ -149,8 +149,11 @@ class Speculation:
             Candidate(seq_id, tuple(sobriety * self._asked[seq_id].tree.chances[draft] for draft in drafts))
             for seq_id, drafts in within.items()
         ]
-        for seq_id, granted in grant(candidates, economy, room).items():
-            drafts = tuple(within[seq_id][place] for place in granted)
+        granted = grant(candidates, economy, room)
+        if not granted and any(candidate.chances for candidate in candidates):
+            self.acceptance.note_none_granted()
+        for seq_id, places in granted.items():
+            drafts = tuple(within[seq_id][place] for place in places)
             self._asked[seq_id] = self._asked[seq_id]._replace(drafts=drafts)
             self.scheduler.offer(seq_id, self._asked[seq_id].tree.window(drafts))
         return trials_s

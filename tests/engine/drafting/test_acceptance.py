@@ -65,6 +65,19 @@ def test_chances_of_what_was_granted_are_sobered_by_what_stood():
     assert acceptance.sobriety == 1.0, "good luck makes nobody bolder"
 
 
+def test_soberness_wears_off_where_nothing_is_granted_any_more():
+    """One step of many sequences may make it so sober that at their load nothing is tried again."""
+    acceptance = Acceptance()
+    for _ in range(32):
+        acceptance.note_granted(2.5, 0)
+    assert acceptance.sobriety < 0.2
+    for _ in range(3000):
+        acceptance.note_none_granted()
+    assert acceptance.sobriety > 0.8
+    acceptance.note_granted(10.0, 0)
+    assert acceptance.sobriety < 0.7, "it learns anew"
+
+
 class Stubborn:
     """Guesses the same tokens whatever the text."""
 
