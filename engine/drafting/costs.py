@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FORGETTING = 0.98  # of all earlier steps, with each step
 PRIOR_STEPS = np.array([0.05, 1.0, 4.0, 16.0])  # that weigh as much as the first estimate of each of the four
 OUTLIER = 3.0  # times what was expected: somebody else had the machine
+LEAST_SHARE = 0.1  # of the prediction is always expected: who expects nothing takes every time for an outlier
 FIRST_DRAFT_SHARE = 0.5  # first estimate: a draft in padding, of what a sequence takes: it has logits too
 FEWEST_PLAIN = 2.0  # steps without drafts, forgotten like all others: with `FORGETTING`, one of 25
 
@@ -101,7 +102,8 @@ class _Fit:
     def note(self, predicted_s: float, num_blocks: int, num_drafts: int, seconds: float) -> None:
         parts = np.array([predicted_s, num_drafts > 0, num_blocks, num_drafts])
         # What takes too long counts a little, or a machine that became slow would never be known.
-        seconds = min(seconds, OUTLIER * float(parts @ self._found))
+        expected_s = max(float(parts @ self._found), LEAST_SHARE * predicted_s)
+        seconds = min(seconds, OUTLIER * expected_s)
         self._squares = FORGETTING * self._squares + np.outer(parts, parts) / predicted_s**2
         self._products = FORGETTING * self._products + parts * (seconds / predicted_s**2)
         self.num_plain = FORGETTING * self.num_plain + (not num_drafts)

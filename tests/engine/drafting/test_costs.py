@@ -73,3 +73,18 @@ def test_a_machine_file_of_zeros_teaches_nothing():
     costs.note(step(), 0.1)
     costs.note(step(3), 0.1)
     assert costs.economy(ONE, 1).step_s == 0.0
+
+
+def test_a_plain_step_that_seemed_to_take_no_time_is_soon_known_again():
+    """Steps with few drafts that were much faster than others had let drafts take all of the time."""
+    costs = DraftCosts(CostModel(), 8)
+    predicted_s = costs.costs.step(ONE)
+    for number in range(300):
+        drafts = (15, 3, 20, 7, 1)[number % 5] if number % 25 else 0
+        blocks = -(-(1 + drafts) // 8) - 1
+        share = 0.01 if 0 < drafts < 8 else 0.12 + 0.8 * blocks
+        costs.note(step(drafts), share * predicted_s)
+    assert found(costs).step_s < 0.01 * predicted_s
+    for _ in range(100):
+        costs.note(step(), 0.12 * predicted_s)
+    assert found(costs).step_s > 0.08 * predicted_s
