@@ -103,3 +103,14 @@ def test_everyone_hears_what_became_of_its_own():
     verified = {one.drafter: one for one in tree.verified(computed, path)}
     assert list(verified) == ["other"]
     assert (verified["other"].num_drafts, verified["other"].accepted) == (3, (0, 1))
+
+
+def test_the_text_judges_drafts_beside_its_path_and_none_behind_them():
+    tree = DraftTree([Proposal("one", ONE, [0.5] * 3), Proposal("other", OTHER, [0.6, 0.2, 0.9])])
+    five, six, seven, nine = range(4)
+    assert tree.beside([], [9]) == ({five, nine}, {nine}), "nothing was computed"
+    assert tree.beside([five], [5, 6]) == ({five, six, nine}, {five, six}), "6 was not granted"
+    assert tree.beside([five, six], [5, 6, 8]) == ({five, six, seven, nine}, {five, six})
+    assert tree.beside([], []) == (set(), set())
+    known, right = tree.beside([five], [5, 6])
+    assert tree.part_of(0, known, right) == (line([5, 6], [0, 1], 0.5), {0, 1})
