@@ -21,7 +21,7 @@ OWN_DECAY = 0.9  # of what is known of a request
 OWN_WEIGHT = 4.0  # expected successes of a request that weigh as much as all that is known of the kind
 PRIOR_TRIALS = 4.0
 SUREST = 0.98
-GRANTED_DECAY = 0.995  # of what is known of all granted drafts, with those of each sequence
+GRANTED_DECAY = 0.98  # of what is known of all granted drafts, with those of each sequence
 FIRST_GRANTED = 20.0  # drafts that stood as expected, before anything is known
 RELAXING = 0.001  # of what is known of granted drafts, back to that, with each step that grants none
 
