@@ -3,7 +3,7 @@
 Estimates of chances and costs err, and those drafts are computed above all that were overestimated. So what
 came of them is counted, in times of a plain step, for each load by itself. Credit is small; who has lost it
 rests, each time longer (a bound on what exploring may lose, as in "Conservative bandits", Wu 2016): in the
-long run that is `FIRST_SHARE` of it in `LONGEST_REST` steps.
+long run that is `FIRST_SHARE` of the credit in `LONGEST_REST` steps.
 """
 
 from __future__ import annotations

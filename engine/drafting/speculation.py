@@ -98,7 +98,7 @@ class Speculation:
         if not room:
             return
         slices, num_committed = self.scheduler.without_drafts()
-        if self.costs.lacks_plain(slices):
+        if not num_committed or self.costs.lacks_plain(slices):
             return
         economy = self.costs.economy(slices, num_committed)
         self._most = max(1, min(MAX_DRAFTS, MAX_GUESSED // len(ready)))
