@@ -22,17 +22,21 @@ class TextThreads:
 
     def __init__(self, num_threads: int, max_waiting: int) -> None:
         self._limiter = anyio.CapacityLimiter(num_threads)
+        self._num_threads = num_threads
         self._max_waiting = max_waiting
+        self._jobs = 0  # counted here: a job lets others run before the limiter knows of it
 
     async def run(self, work: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        self._jobs += 1
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        finally:
+            self._jobs -= 1
 
     async def run_bounded(self, work: Callable[[], T]) -> T:
         """Raises the 429 when no thread is free and too many wait."""
-        busy = self._limiter.statistics()
-        if busy.borrowed_tokens >= busy.total_tokens and busy.tasks_waiting >= self._max_waiting:
-            message = (
-                f"{busy.tasks_waiting} text jobs are waiting, at most {self._max_waiting} may. Retry later."
-            )
+        waiting = self._jobs - self._num_threads
+        if waiting >= self._max_waiting:
+            message = f"{waiting} text jobs are waiting, at most {self._max_waiting} may. Retry later."
             raise ApiError(429, message, code="text_queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
         return await self.run(work)
