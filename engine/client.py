@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import zmq
-import zmq.asyncio
 
+from engine.child import EngineChild, engine_command
 from engine.journal import JournalEntry
 from engine.messages import (
     Abort,
@@ -34,7 +26,6 @@ from engine.messages import (
     Ready,
     SequenceOutput,
     StepOutput,
-    Stop,
     Submit,
     ToEngine,
 )
@@ -49,12 +40,7 @@ logger = logging.getLogger("octavo.engine")
 Sink = Callable[[SequenceOutput], None]
 
 RESTART_WINDOW_S = 600.0
-STOP_TIMEOUT_S = 5.0
-LAST_WORDS_S = 0.1  # until what a dead engine sent has come through the socket
 MAX_DEATHS_WITHOUT_PROGRESS = 2
-# How long a compute thread spins for the others before it sleeps. By default libgomp spins for milliseconds:
-# beside one busy neighbour on two cores a step of 0.13 s took 0.9 s, at times 4 s; with this 0.3 s.
-SPIN_COUNT = "1000"
 
 
 class EngineDead(Exception):
@@ -108,24 +94,22 @@ class EngineProcess:
         stall_timeout_s: float = 120.0,
         max_restarts: int = 3,
         log_level: str = "info",
+        command: Sequence[str] = (),
     ) -> None:
+        """`command`: starts the process, in place of the engine's own."""
         self.ready: Ready | None = None
         self.on_step: Callable[[StepOutput], None] | None = None
         self.num_restarts = 0
+        self._command = command or engine_command()
         self._arguments = [msgspec.json.encode(config).decode(), log_level]
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._max_restarts = max_restarts
         self._deaths: deque[float] = deque()
-        self._folder: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: zmq.asyncio.Socket | None = None
-        self._context: zmq.asyncio.Context | None = None
+        self._child: EngineChild | None = None
         self._entries: dict[str, tuple[JournalEntry, Sink]] = {}
         self._inspections: dict[int, asyncio.Future[Snapshot]] = {}
         self._num_inspections = 0
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[Ready] | None = None
         self._death: asyncio.Future[str] | None = None
@@ -134,40 +118,27 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    def command(self) -> list[str]:
-        """`-P`: the user's folder may hold a module of any name; ours come last, after the installed ones."""
-        root = str(Path(__file__).parents[1])
-        code = (
-            f"import sys; sys.path.append({root!r}); "
-            "from engine.process import main; sys.exit(main(sys.argv[1:]))"
-        )
-        return [sys.executable, "-P", "-c", code]
+        return self._child.pid if self._child is not None else None
 
     def spawn(self) -> None:
-        """Start the process now, before there is a loop: its imports run beside the server's own."""
-        self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # readable by this user alone
+        """Start the process now, before there is a loop: its imports run beside the server's own. Raises
+        EngineDead where none can be started."""
         self._heard_s = time.monotonic()
-        self._process = subprocess.Popen(
-            [*self.command(), self._path(), *self._arguments],
-            stdin=subprocess.PIPE,
-            env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ},
-            start_new_session=True,  # a Ctrl-C in the terminal is for the server, which drains
-        )
+        try:
+            self._child = EngineChild(self._command, self._arguments)
+        except (OSError, zmq.ZMQError) as error:
+            raise EngineDead(f"the engine cannot be reached: {error}") from None
 
     def kill(self) -> None:
         """End the process at once, whatever it does, and leave nothing behind."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._remove_folder()
+        if self._child is not None:
+            self._child.end()
+            self._child = None
 
     async def start(self) -> Ready:
         loop = asyncio.get_running_loop()
         self._first_ready = loop.create_future()
         self._death = loop.create_future()
-        self._context = zmq.asyncio.Context()
         self._supervisor = asyncio.create_task(self._supervise())
         waiting: set[asyncio.Future[Ready] | asyncio.Future[str]] = {self._first_ready, self._death}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -213,44 +184,34 @@ class EngineProcess:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._send(Stop())
-        if self._process is not None:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
-        self.kill()
-        self._close_socket()
-        if self._context is not None:
-            self._context.term()
+        child, self._child = self._child, None
+        if child is not None:
+            await child.stop()
 
     async def _supervise(self) -> None:
         """Run engine processes one after another; whatever ends this ends every stream with the cause."""
         cause = "the engine's supervisor was stopped"
         try:
             cause = await self._run_engines()
+        except EngineDead as error:
+            cause = str(error)
         except Exception as error:
             logger.exception("the engine's supervisor failed")
-            cause = f"the engine cannot be reached: {error}"
+            cause = f"the engine's supervisor failed: {error}"
         finally:
             self._give_up(cause)
 
     async def _run_engines(self) -> str:
         """-> why no further engine is started"""
-        assert self._context is not None
         while True:
             self._failure = ""
-            if self._process is None:
+            if self._child is None:
                 self.spawn()
-            self._socket = self._context.socket(zmq.PAIR)
-            self._socket.setsockopt(zmq.SNDHWM, 0)
-            self._socket.setsockopt(zmq.RCVHWM, 0)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.bind(f"ipc://{self._path()}")
-            status = await self._serve_one(self._socket)
+            assert self._child is not None
+            status = await self._serve_one(self._child)
             was_ready, self.ready = self.ready is not None, None
             self._fail_inspections()
-            self._close_socket()
+            self.kill()
             if (cause := self._fatal_cause(status)) is not None:
                 return cause
             if was_ready:  # else it was given no request
@@ -260,31 +221,27 @@ class EngineProcess:
                 "engine died status=%s restart=%d requests=%d", status, self.num_restarts, len(self._entries)
             )
 
-    async def _serve_one(self, socket: zmq.asyncio.Socket) -> int:
+    async def _serve_one(self, child: EngineChild) -> int:
         """Read from one engine process until it has ended -> its exit status."""
-        process = self._process
-        assert process is not None
-        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        _watch(process, ended)
-        reading = asyncio.create_task(self._read(socket))
-        either: set[asyncio.Future[int] | asyncio.Task[None]] = {ended, reading}
+        ended = child.ended()
+        reading = asyncio.create_task(self._read(child))
         patience_s = min(self._start_timeout_s, self._stall_timeout_s)
         try:
             while not ended.done():
-                await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((ended, reading), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
                 if reading.done() or self._is_overdue():
-                    process.kill()
+                    child.kill()
                     await ended
             # What it sent before it died still counts; the replay begins after it.
-            await asyncio.wait({reading}, timeout=LAST_WORDS_S)
+            received = asyncio.create_task(child.all_received())
+            await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
+            received.cancel()
         finally:
             reading.cancel()
             (outcome,) = await asyncio.gather(reading, return_exceptions=True)
             if isinstance(outcome, Exception):
                 logger.error("reading from the engine failed", exc_info=outcome)
                 self._failure = self._failure or "the engine sent what is no message"
-        self._process = None
-        self._remove_folder()
         return ended.result()
 
     def _is_overdue(self) -> bool:
@@ -299,9 +256,9 @@ class EngineProcess:
         logger.error("%s; it is killed", self._failure)
         return True
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+    async def _read(self, child: EngineChild) -> None:
         while True:
-            self._take(self._decoder.decode(await socket.recv()))
+            self._take(await child.receive())
 
     def _take(self, message: FromEngine) -> None:
         self._heard_s = time.monotonic()
@@ -331,7 +288,8 @@ class EngineProcess:
 
     def _resume(self, ready: Ready) -> None:
         self.ready = ready
-        self._remove_folder()  # both ends are connected: the path has served
+        assert self._child is not None
+        self._child.hide()
         assert self._first_ready is not None
         if not self._first_ready.done():
             self._first_ready.set_result(ready)
@@ -395,23 +353,8 @@ class EngineProcess:
 
     def _send(self, message: ToEngine) -> None:
         """Until the engine is ready nothing is sent: `_resume` replays whatever is in flight then."""
-        if self.ready is None and not isinstance(message, Stop):
-            return
-        if self._socket is not None and not self._socket.closed:
-            # Without a high-water mark the socket takes it at once; there is nothing to await.
-            self._socket.send(self._encoder.encode(message))
-
-    def _close_socket(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self) -> str:
-        assert self._folder is not None
-        return str(self._folder / "engine.sock")
+        if self.ready is not None and self._child is not None:
+            self._child.send(message)
 
 
 def _end(entry: JournalEntry, sink: Sink, cause: str) -> None:
@@ -429,19 +372,3 @@ def _cause_of(status: int) -> str:
         -signal.SIGBUS: " (SIGBUS): a file that it read shrank, or its disk failed",
         -signal.SIGKILL: " (SIGKILL): probably the system's memory ran out",
     }.get(status, "")
-
-
-def _watch(process: subprocess.Popen[bytes], ended: asyncio.Future[int]) -> None:
-    """Resolve `ended` on its loop when the process is gone; a thread waits, since no poll may."""
-    loop = ended.get_loop()
-
-    def resolve(status: int) -> None:
-        if not ended.done():
-            ended.set_result(status)
-
-    def wait() -> None:
-        status = process.wait()
-        with contextlib.suppress(RuntimeError):  # the loop was closed first
-            loop.call_soon_threadsafe(resolve, status)
-
-    threading.Thread(target=wait, name="engine-watch", daemon=True).start()

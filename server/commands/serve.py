@@ -93,7 +93,7 @@ def serve(config: Config) -> int:
     that it loads the model while this process imports FastAPI and builds the tokeniser. It ends with
     this process, however that ends."""
     from engine.checkpoint import CheckpointError, locate
-    from engine.client import EngineProcess
+    from engine.client import EngineDead, EngineProcess
 
     try:
         checkpoint = locate(config.engine.model, config.engine.revision)  # the one that may download
@@ -119,7 +119,7 @@ def serve(config: Config) -> int:
     except BaseException as error:
         engine.kill()
         listener.close()
-        if isinstance(error, CheckpointError):
+        if isinstance(error, (CheckpointError, EngineDead)):
             raise CommandError(str(error)) from None
         raise
     return asyncio.run(serve_http(service, config, listener))

@@ -53,7 +53,8 @@ def main(path: str, config_json: str) -> None:
 
     if word == "fail":
         send(Failed("no such model"))
-        time.sleep(0.2)
+        socket.close()
+        socket.context.term()  # waits until it was sent
         sys.exit(1)
     if word == "exit":
         os._exit(7)

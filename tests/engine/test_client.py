@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.child import engine_command
 from engine.client import EngineDead, EngineProcess
 from engine.config import EngineConfig
 from engine.messages import Abort, SequenceOutput
@@ -24,9 +25,8 @@ def make(tmp_path):
     def client(plan: str, **options) -> EngineProcess:
         count = tmp_path / "count"
         count.touch()
-        made = EngineProcess(EngineConfig(model=f"{count}|{plan}"), **options)
-        made.command = lambda: [sys.executable, str(SCRIPT)]
-        return made
+        command = [sys.executable, str(SCRIPT)]
+        return EngineProcess(EngineConfig(model=f"{count}|{plan}"), command=command, **options)
 
     return client
 
@@ -167,6 +167,16 @@ async def test_an_engine_that_cannot_start_is_one_line(make, plan, cause):
     await client.close()
 
 
+async def test_what_an_engine_said_before_anybody_listened_is_heard(make):
+    """The server's own start may take longer than the engine's end."""
+    client = make("fail")
+    client.spawn()
+    await asyncio.to_thread(os.waitid, os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(EngineDead, match="no such model"):
+        await client.start()
+    await client.close()
+
+
 async def test_an_engine_that_is_never_ready_is_killed(make):
     client = make("hang", start_timeout_s=0.6)
     with pytest.raises(EngineDead, match="engine_start_timeout_s"):
@@ -234,10 +244,11 @@ async def test_nothing_is_left_behind(make, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     async with started(make("die:1,serve")) as client:
         await Stream(client).tokens()
-        process = client._process
+        pid = client.pid
     assert os.listdir(tmp_path) == ["count"]
-    assert process is not None
-    assert process.returncode is not None
+    assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_module_of_the_users_folder_is_not_ours(tmp_path):
@@ -246,9 +257,12 @@ def test_a_module_of_the_users_folder_is_not_ours(tmp_path):
 
     for name in ("zmq", "torch", "engine", "random"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')")
-    command = EngineProcess(EngineConfig()).command()
     done = subprocess.run(
-        [*command, "/nowhere", "not json", "info"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*engine_command(), "/nowhere", "not json", "info"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "shadowed" not in done.stderr
     assert "DecodeError" in done.stderr

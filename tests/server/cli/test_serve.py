@@ -46,6 +46,4 @@ def test_a_checkpoint_without_usable_text_ends_the_engine_at_once(
     assert status == 1
     assert "chat_template /absent.jinja" in capsys.readouterr().err
     assert len(engines) == 1
-    process = engines[0]._process
-    assert process is None or process.returncode is not None
-    assert engines[0]._folder is None or not engines[0]._folder.exists()
+    assert engines[0].pid is None
