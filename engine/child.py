@@ -50,16 +50,19 @@ class EngineChild:
 
     def __init__(self, command: Sequence[str], arguments: Sequence[str]) -> None:
         """`arguments`: those behind the socket's path."""
-        self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # readable by this user alone
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
-        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-            self._socket.setsockopt(option, 0)
-        self._disconnects = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
-        path = self._folder / "engine.sock"
-        try:
+        with contextlib.ExitStack() as undo:
+            self._folder = Path(tempfile.mkdtemp(prefix="octavo-"))  # readable by this user alone
+            undo.callback(self.hide)
+            self._context = zmq.asyncio.Context()
+            undo.callback(self._context.term)
+            self._socket = self._context.socket(zmq.PAIR)
+            undo.callback(self._socket.close)
+            for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+                self._socket.setsockopt(option, 0)
+            self._disconnects = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            undo.callback(self._disconnects.close)
+            undo.callback(self._socket.disable_monitor)  # first: without a reader an event would block
+            path = self._folder / "engine.sock"
             self._socket.bind(f"ipc://{path}")
             self._process = subprocess.Popen(
                 [*command, str(path), *arguments],
@@ -67,18 +70,17 @@ class EngineChild:
                 env={"GOMP_SPINCOUNT": SPIN_COUNT, **os.environ},
                 start_new_session=True,  # a Ctrl-C in the terminal is for the server, which drains
             )
-        except BaseException:
-            self._close()
-            raise
+            self._close = undo.pop_all().close
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def send(self, message: ToEngine) -> None:
-        if not self._socket.closed:
-            # Without a high-water mark the socket takes it at once; there is nothing to await.
-            self._socket.send(self._encoder.encode(message))
+        # Without a high-water mark the socket takes it at once; there is nothing to await.
+        self._socket.send(self._encoder.encode(message))
 
     async def receive(self) -> FromEngine:
         """Raises msgspec.DecodeError for what is no message."""
@@ -89,7 +91,9 @@ class EngineChild:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
                 await self._disconnects.recv_multipart()
-        while await self._socket.poll(0):  # noqa: ASYNC110  (all of it is here; nothing tells who takes it)
+        # All of it is here, but nothing tells when the other task has had it. Not poll(): it would take the
+        # wake-up that the other task waits for, which get() passes on.
+        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:  # noqa: ASYNC110
             await asyncio.sleep(0)
         await asyncio.sleep(0)
 
@@ -118,9 +122,11 @@ class EngineChild:
         """Ask it to end, and after a while see to it."""
         self.send(Stop())
         self._close_stdin()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
-        self.end()
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, STOP_TIMEOUT_S)
+        finally:  # who awaits this may be cancelled
+            self.end()
 
     def kill(self) -> None:
         self._process.kill()
@@ -135,10 +141,3 @@ class EngineChild:
     def _close_stdin(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-
-    def _close(self) -> None:
-        self._socket.disable_monitor()
-        self._disconnects.close()
-        self._socket.close()
-        self._context.term()
-        self.hide()

@@ -234,8 +234,10 @@ class EngineProcess:
                     await ended
             # What it sent before it died still counts; the replay begins after it.
             received = asyncio.create_task(child.all_received())
-            await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
-            received.cancel()
+            try:
+                await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                received.cancel()
         finally:
             reading.cancel()
             (outcome,) = await asyncio.gather(reading, return_exceptions=True)
@@ -347,6 +349,8 @@ class EngineProcess:
         assert self._death is not None
         if not self._death.done():
             self._death.set_result(cause)
+        self.ready = None
+        self._fail_inspections()
         entries, self._entries = list(self._entries.values()), {}
         for entry, sink in entries:
             _end(entry, sink, cause)

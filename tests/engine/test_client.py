@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 
-from engine.child import engine_command
+from engine.child import EngineChild, engine_command
 from engine.client import EngineDead, EngineProcess
 from engine.config import EngineConfig
-from engine.messages import Abort, SequenceOutput
+from engine.messages import Abort, Failed, SequenceOutput
 from scheduler.types import FinishReason, Request, SamplingParams
 
 SCRIPT = Path(__file__).with_name("fake_process.py")
@@ -177,6 +181,24 @@ async def test_what_an_engine_said_before_anybody_listened_is_heard(make):
     await client.close()
 
 
+async def test_what_comes_in_one_turn_of_the_loop_with_the_engines_end_is_heard(tmp_path):
+    """Whoever looks whether something is left to read must not take the reader's wake-up away."""
+    (tmp_path / "count").touch()
+    config = msgspec.json.encode(EngineConfig(model=f"{tmp_path / 'count'}|fail")).decode()
+    child = EngineChild([sys.executable, str(SCRIPT)], [config])
+    reading = asyncio.create_task(child.receive())
+    await asyncio.sleep(0)
+    # The loop stands still while ZeroMQ's own thread reads all of it.
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222
+    time.sleep(0.1)  # noqa: ASYNC251
+    try:
+        async with asyncio.timeout(5):
+            await child.all_received()
+        assert reading.result() == Failed("no such model")
+    finally:
+        child.end()
+
+
 async def test_an_engine_that_is_never_ready_is_killed(make):
     client = make("hang", start_timeout_s=0.6)
     with pytest.raises(EngineDead, match="engine_start_timeout_s"):
@@ -238,6 +260,58 @@ async def test_a_path_that_cannot_be_bound_is_one_line(make, tmp_path, monkeypat
     with pytest.raises(EngineDead, match="cannot be reached"):
         await client.start()
     await client.close()
+
+
+async def test_a_start_that_fails_halfway_leaves_nothing_behind(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def no_more_files(*_: object) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zmq.asyncio.Socket.get_monitor_socket", no_more_files)
+        client = make("serve")
+        with pytest.raises(EngineDead, match="Too many open files"):
+            client.spawn()
+    assert os.listdir(tmp_path) == ["count"]
+    client.kill()
+
+
+async def test_a_close_that_is_cancelled_still_ends_the_engine(make):
+    client = make("hang")
+    client.spawn()
+    pid = client.pid
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0.1)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+    assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_a_close_ends_what_waits_for_a_dead_engines_last_words(make):
+    client = make("exit")
+    client.spawn()
+    await asyncio.to_thread(os.waitid, os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)
+    starting = asyncio.create_task(client.start())
+    await asyncio.sleep(0.1)
+    await client.close()
+    with pytest.raises(EngineDead):
+        await starting
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_close_ends_inspections(make, monkeypatch):
+    monkeypatch.setattr("engine.child.STOP_TIMEOUT_S", 0.1)
+    async with started(make("serve")) as client:
+        os.kill(client.pid, signal.SIGSTOP)  # it will not answer
+        asking = asyncio.create_task(client.inspect(1))
+        await asyncio.sleep(0)
+    with pytest.raises(EngineDead, match="before it answered"):
+        await asyncio.wait_for(asking, 5)
+    with pytest.raises(EngineDead, match="not ready"):
+        await asyncio.wait_for(client.inspect(1), 5)
 
 
 async def test_nothing_is_left_behind(make, tmp_path, monkeypatch):

@@ -47,3 +47,13 @@ def test_a_checkpoint_without_usable_text_ends_the_engine_at_once(
     assert "chat_template /absent.jinja" in capsys.readouterr().err
     assert len(engines) == 1
     assert engines[0].pid is None
+
+
+def test_an_engine_that_cannot_be_started_is_one_line(
+    smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    assert cli.main(["serve", str(smollm2_gguf), "--port", "0"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("octavo serve: the engine cannot be reached: ")
+    assert message.count("\n") == 1
