@@ -129,6 +129,31 @@ def test_held_back_text_comes_out_at_the_end(server: Running) -> None:
     assert server.complete(max_tokens=4, stop="dx")["choices"][0]["text"] == "abcd"
 
 
+def test_a_special_token_written_as_a_stop_string_stops() -> None:
+    """It never matched: the text of special tokens was left out before stop strings were looked for."""
+    reply = [*b"one", BOS, *b"two", BOS, *b"three"]
+    with running(FakeEngine(reply=lambda request, index: reply, tokens_per_step=2)) as server:
+        for stop, text in (("<bos>", "one"), ("o<bos>th", "onetw"), ("bos>t", "one")):
+            for chosen in ({}, {"skip_special_tokens": False}):
+                choice = server.complete(stop=stop, logprobs=0, **chosen)["choices"][0]
+                shown = text if not chosen else {"one": "one", "onetw": "one<bos>tw"}[text]
+                shown += "<" if stop == "bos>t" and chosen else ""
+                assert (choice["text"], choice["stop_reason"]) == (shown, stop)
+        kept = server.complete(stop="<bos>t", include_stop_str_in_output=True, logprobs=0)["choices"][0]
+        assert kept["text"] == "one<bos>t"
+        assert kept["logprobs"]["tokens"] == ["o", "n", "e", "<bos>", "t"]
+        assert kept["logprobs"]["text_offset"] == [0, 1, 2, 3, 8]
+
+
+def test_a_stop_string_begun_within_min_tokens_stops() -> None:
+    """Only what came after min_tokens was searched."""
+    with running(FakeEngine(tokens_per_step=4)) as server:
+        choice = server.complete(max_tokens=20, stop="cdef", min_tokens=5)["choices"][0]
+        assert (choice["text"], choice["stop_reason"]) == ("ab", "cdef")
+        choice = server.complete(max_tokens=8, stop="cdef", min_tokens=6)["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("abcdefgh", "length")
+
+
 def test_end_of_sequence_has_no_text_and_no_stop_reason() -> None:
     with running(FakeEngine(reply=lambda request, index: [*b"ok", EOS, *b"no"])) as server:
         choice = server.complete(skip_special_tokens=False, logprobs=1)["choices"][0]
