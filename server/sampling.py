@@ -56,12 +56,12 @@ def base_sampling(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """Everything but max_tokens, which depends on each prompt. Tokenises bad_words: not for the loop."""
+    """Everything but max_tokens and the seed, which are each prompt's own. Tokenises bad_words: not for the
+    loop."""
     eos_ids = () if body.ignore_eos else (token for token in defaults.eos_token_ids if token < vocab_size)
     stop_ids = (*eos_ids, *(body.stop_token_ids or ()))
     allowed = body.allowed_token_ids
     sampling = SamplingParams(
-        seed=secrets.randbits(64) if body.seed is None else body.seed & SEED_MASK,
         temperature=_or(body.temperature, defaults.temperature),
         top_p=max(MIN_TOP_P, _or(body.top_p, defaults.top_p)),
         top_k=max(0, int(_or(body.top_k, defaults.top_k))),
@@ -80,6 +80,11 @@ def base_sampling(
     )
     _check_some_token_is_left(sampling)
     return sampling
+
+
+def seed_of_prompt(body: GenerationFields) -> int:
+    """The one asked for, so that a prompt in a list gives what it gives alone; else each prompt draws its own."""
+    return secrets.randbits(64) if body.seed is None else body.seed & SEED_MASK
 
 
 def fit_max_tokens(

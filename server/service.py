@@ -21,7 +21,13 @@ from server.metrics import Metrics
 from server.prompt import TemplateError, TemplateUnavailable
 from server.prompt_reader import PromptReader
 from server.refusals import Refusal, draining
-from server.sampling import base_sampling, check_limits, check_max_tokens, fit_max_tokens
+from server.sampling import (
+    base_sampling,
+    check_limits,
+    check_max_tokens,
+    fit_max_tokens,
+    seed_of_prompt,
+)
 from server.streams import Generation, TextOptions
 from server.tenants import TenantLimits
 from server.text_threads import TextThreads
@@ -229,7 +235,10 @@ class Service:
                     request_id=f"{job.id}-{number}",
                     prompt_ids=prompt.ids,
                     sampling=replace(
-                        sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens)
+                        sampling,
+                        seed=seed_of_prompt(body),
+                        max_tokens=max_tokens,
+                        min_tokens=min(sampling.min_tokens, max_tokens),
                     ),
                     num_choices=job.num_choices,
                     arrival_s=arrival_s,

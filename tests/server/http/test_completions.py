@@ -46,10 +46,13 @@ def test_each_prompt_is_a_request_with_the_same_seed(server: Running) -> None:
     assert first.sampling.seed == second.sampling.seed == 2**64 - 1
 
 
-def test_a_request_without_seed_draws_one(server: Running) -> None:
-    server.complete(max_tokens=1)
-    server.complete(max_tokens=1)
-    assert server.engine.requests[-1].sampling.seed != server.engine.requests[-2].sampling.seed
+def test_equal_prompts_without_a_seed_draw_one_each(server: Running) -> None:
+    """Sixty copies of a prompt gave one text sixty times."""
+    server.complete(prompt=["a"] * 30, max_tokens=1)
+    server.complete(prompt=["a"] * 30, max_tokens=1)
+    seeds = [request.sampling.seed for request in server.engine.requests[-60:]]
+    assert len(set(seeds)) == 60
+    assert all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_fields_reach_the_engine(server: Running) -> None:
