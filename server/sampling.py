@@ -83,7 +83,7 @@ def base_sampling(
 
 
 def seed_of_prompt(body: GenerationFields) -> int:
-    """The one asked for, so that a prompt in a list gives what it gives alone; else each prompt draws its own."""
+    """The one asked for, so that a prompt in a list gives what it gives alone; else each draws its own."""
     return secrets.randbits(64) if body.seed is None else body.seed & SEED_MASK
 
 

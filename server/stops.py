@@ -24,7 +24,7 @@ class StopMatcher:
         self._include_stop = include_stop
         self._automaton = _Automaton(stops) if stops else None
         self._state = 0
-        self._held: deque[tuple[str, bool]] = deque()  # text that may be the beginning of a stop, and if hidden
+        self._held: deque[tuple[str, bool]] = deque()  # text that may begin a stop, and whether it is hidden
         self._num_held = 0
         self._matched: str | None = None
 

@@ -198,7 +198,12 @@ class ChatView:
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if not self.body.logprobs:
             return None
-        return chat_logprobs(self.service.tokenizer, delta.pieces, self.body.top_logprobs or 0)
+        return chat_logprobs(
+            self.service.tokenizer,
+            delta.pieces,
+            self.body.top_logprobs or 0,
+            as_ids=self.body.return_tokens_as_token_ids or False,
+        )
 
     def _prompt_ids(self) -> list[int]:
         return list(self.generation.requests[0].prompt_ids)

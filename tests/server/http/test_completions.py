@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from engine.messages import TokenLogprobs
+from server.logprobs import legacy_logprobs
+from server.streams import Piece
 from tests.server.byte_tokenizer import BOS, EOS, ByteTokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import MODEL, Running, running
@@ -182,6 +185,53 @@ def test_legacy_logprobs_hold_the_chosen_token(server: Running) -> None:
         "top_logprobs": [{"b": -0.05, "a": -0.1}, {"c": -0.05, "b": -0.1}],
         "text_offset": [0, 1],
     }
+
+
+def test_alternatives_that_are_parts_of_characters_have_keys_of_their_own() -> None:
+    """All of them were one replacement character, of which one was left."""
+    with running(FakeEngine(reply=lambda request, index: [*"…".encode()])) as server:
+        logprobs = server.complete(logprobs=5)["choices"][0]["logprobs"]
+        assert logprobs["tokens"] == ["bytes:\\xe2", "bytes:\\x80", "bytes:\\xa6"]
+        assert list(logprobs["top_logprobs"][0]) == [
+            *("bytes:\\xe3", "bytes:\\xe4", "bytes:\\xe5", "bytes:\\xe6", "bytes:\\xe7"),
+            "bytes:\\xe2",  # the chosen one, which is not among the five
+        ]
+        echoed = server.complete(prompt="…", echo=True, logprobs=5, max_tokens=0)["choices"][0]["logprobs"]
+        assert echoed["tokens"] == ["bytes:\\xe2", "bytes:\\x80", "bytes:\\xa6"]
+        assert [len(top) for top in echoed["top_logprobs"][1:]] == [6, 6]
+
+
+def test_tokens_are_named_by_their_ids_where_that_is_asked_for(server: Running) -> None:
+    asked = {"logprobs": 2, "max_tokens": 1, "return_tokens_as_token_ids": True}
+    logprobs = server.complete(prompt="xy", echo=True, **asked)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:120", "token_id:121", "token_id:97"]
+    assert list(logprobs["top_logprobs"][-1]) == ["token_id:98", "token_id:99", "token_id:97"]
+    asked["return_tokens_as_token_ids"] = False
+    assert server.complete(**asked)["choices"][0]["logprobs"]["tokens"] == ["a"]
+
+
+class Twins(ByteTokenizer):
+    """Ids 98 and 99 have the text of 97, and " …" but for its last byte is one token."""
+
+    def token_bytes(self, token: int) -> bytes:
+        return {98: b"a", 99: b"a", 100: " …".encode()[:-1], 101: b"\\\xff"}.get(token) or bytes([token])
+
+
+def test_alternatives_of_one_text_have_keys_of_their_own() -> None:
+    def legacy(chosen: int, *top: int) -> dict[str, float]:
+        found = tuple((token, -float(place)) for place, token in enumerate(top, start=1))
+        logprob = dict(found).get(chosen, -9.0)
+        piece = Piece(chosen, TokenLogprobs(chosen, logprob, 1, found), 0)
+        logprobs = legacy_logprobs(Twins(), [piece], len(top), 0)  # type: ignore[arg-type]
+        shown = logprobs.top_logprobs[0]
+        assert shown is not None
+        assert shown[logprobs.tokens[0]] == logprobs.token_logprobs[0] == logprob
+        return shown
+
+    assert legacy(120, 97, 99, 98) == {"a": -1.0, "token_id:99": -2.0, "token_id:98": -3.0, "x": -9.0}
+    assert legacy(98, 97, 98, 99) == {"token_id:97": -1.0, "a": -2.0, "token_id:99": -3.0}
+    assert legacy(98, 97) == {"token_id:97": -1.0, "a": -9.0}
+    assert legacy(101, 100) == {"bytes: \\xe2\\x80": -1.0, "bytes:\\x5c\\xff": -9.0}
 
 
 def test_echo_with_logprobs_scores_the_prompt(server: Running) -> None:

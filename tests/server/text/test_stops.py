@@ -129,7 +129,8 @@ def by_definition(
             shown += detokenizer.flush()
         chars += [(char, True, number) for char in shown]
         if ending or (options.skip_special and TOKENIZER.is_special(token)):
-            chars += [(char, False, number) for char in TOKENIZER.token_bytes(token).decode("utf-8", "replace")]
+            hidden = TOKENIZER.token_bytes(token).decode("utf-8", "replace")
+            chars += [(char, False, number) for char in hidden]
     whole = "".join(char for char, _, _ in chars)
     for end in range(1, len(chars) + 1):
         found = [stop for stop in options.stops if whole[:end].endswith(stop)]
@@ -144,7 +145,9 @@ def by_definition(
 
 
 letters = st.sampled_from([*b"ab<>eos", *"é".encode(), BOS, EOS])
-marks = st.sampled_from(["<bos>", "<eos>", "s>", "<", "a<bos>", "<eos>b", "><", "b<bos>a", "é", "é<e", "\ufffd"])
+marks = st.sampled_from(
+    ["<bos>", "<eos>", "s>", "<", "a<bos>", "<eos>b", "><", "b<bos>a", "é", "é<e", "\ufffd"]
+)
 
 
 @settings(max_examples=1000, deadline=None)
