@@ -81,6 +81,10 @@ class Running:
         lines = [line for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
+    def num_ended(self, reason: str) -> float:
+        labels = f'engine="0",finished_reason="{reason}",model_name="{MODEL}"'
+        return self.metrics()[f"vllm:request_success_total{{{labels}}}"]
+
     def call(self, work: Callable[[], Any]) -> Any:
         """Run something on the server's loop."""
 
