@@ -81,7 +81,10 @@ class Service:
 
     def __post_init__(self) -> None:
         server, scheduler = self.config.server, self.config.engine.scheduler
-        self.model_name = server.served_model_name or self.checkpoint.name
+        self.model_names = tuple(dict.fromkeys(filter(None, server.served_model_name))) or (
+            self.checkpoint.name,
+        )
+        self.model_name = self.model_names[0]
         self.version = octavo_version()
         self.created_s = int(time.time())
         self.metrics = Metrics(self.model_name)
@@ -142,9 +145,9 @@ class Service:
             raise unavailable("The engine makes no progress.", NOT_READY_RETRY_S, "stalled")
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            shown = logs.sanitise(name)
-            message = f"The model '{shown}' does not exist; this server serves '{self.model_name}'."
+        if name is not None and name not in self.model_names:
+            shown, served = logs.sanitise(name), "', '".join(self.model_names)
+            message = f"The model '{shown}' does not exist; this server serves '{served}'."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def prompt_reader(self) -> PromptReader:

@@ -125,7 +125,7 @@ class ChatView:
         completion = ChatCompletion(
             id=self.id,
             created=self.created_s,
-            model=self.service.model_name,
+            model=self.body.model or self.service.model_name,
             system_fingerprint=self.service.fingerprint,
             decoding=lossy_of(self.generation),
             choices=[self._choice(delta) for delta in folded],
@@ -172,7 +172,7 @@ class ChatView:
         return ChatChunk(
             id=self.id,
             created=self.created_s,
-            model=self.service.model_name,
+            model=self.body.model or self.service.model_name,
             system_fingerprint=self.service.fingerprint,
             decoding=lossy_of(self.generation),
             choices=choices,

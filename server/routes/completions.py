@@ -144,7 +144,7 @@ class CompletionView:
         return Completion(
             id=self.id,
             created=self.created_s,
-            model=self.service.model_name,
+            model=self.body.model or self.service.model_name,
             system_fingerprint=self.service.fingerprint,
             decoding=lossy_of(self.generation),
             choices=choices,

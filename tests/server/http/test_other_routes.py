@@ -28,9 +28,31 @@ def test_models(server: Running) -> None:
 
 
 def test_served_name_replaces_the_checkpoints() -> None:
-    with running(served_model_name="mine") as server:
+    with running(served_model_name=("mine",)) as server:
         assert server.complete(model="mine", max_tokens=1)["model"] == "mine"
         assert server.post("/v1/completions", {"prompt": "x", "model": MODEL}).status_code == 404
+
+
+def test_a_model_may_be_served_under_several_names() -> None:
+    messages = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    with running(served_model_name=("gpt-4o", "org/own", "gpt-4o")) as server:
+        listed = server.get("/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["gpt-4o", "org/own"]
+        for model in listed:
+            name = model["id"]
+            assert server.get(f"/v1/models/{name}").json() == model
+            assert server.complete(model=name, max_tokens=1)["model"] == name
+            assert server.post("/v1/chat/completions", {**messages, "model": name}).json()["model"] == name
+            streamed = server.post("/v1/chat/completions", {**messages, "model": name, "stream": True}).text
+            chunks = [line for line in streamed.splitlines() if line.startswith("data: {")]
+            assert {json.loads(line[6:])["model"] for line in chunks} == {name}
+            assert server.post("/tokenize", {"prompt": "x", "model": name}).status_code == 200
+        assert server.complete(max_tokens=1)["model"] == "gpt-4o"
+        for unknown in (MODEL, "", "gpt-4o,org/own"):
+            refused = server.post("/v1/completions", {"prompt": "x", "model": unknown})
+            assert refused.status_code == 404
+            assert check_envelope(refused.json())["param"] == "model"
+        assert all('model_name="gpt-4o"' in name for name in server.metrics() if name.startswith("vllm:"))
 
 
 def test_tokenize_and_back(server: Running) -> None:
