@@ -81,9 +81,8 @@ class Service:
 
     def __post_init__(self) -> None:
         server, scheduler = self.config.server, self.config.engine.scheduler
-        self.model_names = tuple(dict.fromkeys(filter(None, server.served_model_name))) or (
-            self.checkpoint.name,
-        )
+        named = dict.fromkeys(filter(None, server.served_model_name))
+        self.model_names = tuple(named) or (self.checkpoint.name,)
         self.model_name = self.model_names[0]
         self.version = octavo_version()
         self.created_s = int(time.time())

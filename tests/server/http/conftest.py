@@ -32,6 +32,8 @@ MODEL = "org/fake"
 class PlainTemplate:
     """role: content, one message a line."""
 
+    source = "{# role: content #}"
+
     def encode(
         self,
         tokenizer: ByteTokenizer,
@@ -105,6 +107,7 @@ def make_service(
     checkpoint = SimpleNamespace(
         name=MODEL,
         bos_token_id=None,
+        special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
         transformer=SimpleNamespace(max_positions=engine.max_model_len),
     )
     defaults = GenerationDefaults(eos_token_ids=(EOS,))
