@@ -35,11 +35,12 @@ class StopMatcher:
         """
         if self._matched is not None:
             return "", self._matched
+        if self._automaton is None:
+            self.num_passed += len(text)
+            return "" if hidden else text, None
         if text:
             self._held.append((text, hidden))
             self._num_held += len(text)
-        if self._automaton is None:
-            return self.flush(), None
         self._state, num_read, self._matched = self._automaton.feed(self._state, text, may_stop=may_stop)
         if self._matched is None:
             return self._let_go(self._num_held - self._automaton.depth[self._state]), None

@@ -122,7 +122,8 @@ class ChoiceReader:
             self.finish, delta.stop_reason = slot.finish.value, self._stop_id(slot)
         self._num_emitted += len(text)
         delta.text, delta.finish = text, self.finish
-        delta.pieces = self._release(everything=self.finish is not None and self._matched is None)
+        if text or self.finish is not None:  # hidden text alone is no news
+            delta.pieces = self._release(everything=self.finish is not None and self._matched is None)
         return delta
 
     def _read_tokens(self, slot: Slot) -> str:

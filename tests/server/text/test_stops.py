@@ -107,6 +107,7 @@ class Answer:
             slot.merge(SequenceOutput("r", 0, tokens, end, ids[-1] if end and stopped else None))
             delta = reader.read(slot)
             self.text += delta.text
+            assert delta.text or delta.finish is not None or not delta.pieces, "a chunk without news"
             self.pieces += [(piece.token, piece.start) for piece in delta.pieces]
             if delta.finish is not None:
                 break
