@@ -118,10 +118,12 @@ def _check_some_token_is_left(sampling: SamplingParams) -> None:
 
 
 def _bad_words(tokenizer: Tokenizer, words: list[str], vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """Each word as it follows something else and as it follows a space, which are different tokens. A word
-    with a token that the model does not have cannot occur."""
+    """Each word as it follows something else and as it follows a space, which are different tokens; and where
+    it spells special tokens, as those. A word with a token that the model does not have cannot occur."""
     spellings = (form for word in words for form in (word, " " + word.lstrip(" ")))
-    encoded = (tuple(tokenizer.encode_within(form)) for form in spellings)
+    encoded = [tuple(tokenizer.encode_within(form)) for form in spellings]
+    marked = (tuple(tokenizer.encode(word, special=True)) for word in words)
+    encoded += (ids for ids in marked if any(map(tokenizer.is_special, ids)))
     return tuple(dict.fromkeys(ids for ids in encoded if ids and max(ids) < vocab_size))
 
 

@@ -63,6 +63,15 @@ def test_a_special_token_written_as_a_stop_string_ends_the_default_models_text(l
     assert kept["text"] == "<|im_end|>"
 
 
+def test_a_special_token_written_as_a_bad_word_is_not_said(live_server):
+    body = {"prompt": PROMPT, "max_tokens": 4, "logit_bias": {"2": 100}, "ignore_eos": True}
+    shown = {**body, "skip_special_tokens": False}
+    assert live_server.complete(**shown)["choices"][0]["text"] == "<|im_end|>" * 4
+    said = live_server.complete(**shown, bad_words=["<|im_end|>"])["choices"][0]["text"]
+    assert said
+    assert "<|im_end|>" not in said
+
+
 def test_a_stream_survives_kill_9_of_the_engine_with_the_same_text():
     sampling = {"max_tokens": 60, "temperature": 1.0, "seed": 77, "ignore_eos": True}
     with Daemon() as daemon:
