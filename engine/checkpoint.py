@@ -18,7 +18,7 @@ from engine.weights import embedded, folder_text, gguf_text, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.gguf import GGUFFile, read_gguf
 from engine.weights.json_files import read_json_object
-from engine.weights.paths import named_path
+from engine.weights.paths import is_gguf, named_path
 from engine.weights.safetensors import weight_files
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def locate(model: str, revision: str = "") -> Checkpoint:
     if path.is_dir():
         return _from_folder(path, path.resolve().name, str(path))
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise CheckpointError(
                 f"{path}: a file that is not .gguf; name the folder of a checkpoint instead"
             )
         return _from_gguf(path, path.stem, str(path))
-    if path.suffix == ".gguf" or not hub.is_hub_name(model):
+    if is_gguf(path) or not hub.is_hub_name(model):
         raise CheckpointError(f"'{model}' is no folder, no .gguf file and no hub name of the form owner/name")
     folder = hub.fetch(model, revision)
     return _from_folder(folder, model, str(folder))

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from server.auth import ApiKeyMiddleware
@@ -22,6 +22,8 @@ from server.routes.tokens import tokens_router
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
+
+    from fastapi import FastAPI
 
     from server.service import Service
 
@@ -45,10 +47,12 @@ ROUTERS = (
 
 def create_app(service: Service) -> FastAPI:
     """The application. It answers at once; the engine behind it may become ready later."""
-    app = FastAPI(
+    app = FastAPIOffline(
         title="Octavo",
         version=service.version,
         redoc_url=None,
+        static_url="/docs/assets",
+        swagger_ui_parameters={"validatorUrl": None},  # else it asks a host of its own
         redirect_slashes=False,
         lifespan=lambda app: _beside(service.report_throughput(), service.check_template()),
     )

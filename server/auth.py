@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from server.config import ServerConfig
 
-OPEN_PATHS = frozenset({"/live", "/health"})
+OPEN_PATHS = frozenset({"/live", "/health", "/ping"})
 ADMIN_PATHS = frozenset({"/debug/scheduler"})  # under the admin key, if there is one; no API key opens them
 
 

@@ -47,8 +47,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class VersionFlag(argparse.Action):
+    """`octavo --version` is `octavo version`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        parser.exit(version.run(namespace))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="octavo", description="An OpenAI-compatible LLM serving daemon.")
+    parser.add_argument("--version", action=VersionFlag, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, command in COMMANDS.items():
         about = (command.__doc__ or "").strip()

@@ -17,8 +17,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class ServerConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 = any free one", "max": 65535})
-    served_model_name: str = field(
-        default="", metadata={"help": "the model's id in the API; empty = derived from the checkpoint"}
+    served_model_name: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "the model's ids in the API; answers name the one that was asked for, metrics the first; "
+            "none = derived from the checkpoint"
+        },
     )
     api_keys: tuple[str, ...] = field(
         default=(), metadata={"help": "accepted bearer keys; none = no authentication", "secret": True}

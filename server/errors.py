@@ -114,4 +114,7 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     codes = {404: "unknown_route", 405: "method_not_allowed"}
     status = error.status_code
     message = messages.get(status) or str(error.detail) or http.HTTPStatus(status).phrase
-    return ApiError(status, message, code=codes.get(status), headers=error.headers)
+    headers = dict(error.headers or {})
+    if "GET" in headers.get("Allow", ""):
+        headers["Allow"] += ", HEAD"  # see CallMiddleware
+    return ApiError(status, message, code=codes.get(status), headers=headers)

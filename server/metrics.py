@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from scheduler.plan import Tier
-from server.scheduler_metrics import SchedulerMetrics
+from scheduler.types import FinishReason
+from server.refusals import REASONS
+from server.scheduler_metrics import ENGINE, SchedulerMetrics, labels_of
 from server.spec_decode_metrics import SpecDecodeMetrics
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ FIRST_TOKEN_BUCKETS = (
 )
 INTER_TOKEN_BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+PER_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 REQUEST_BUCKETS = (
@@ -120,6 +126,7 @@ class Metrics:
             return
         for index in range(len(record.sequences)):
             self.finish(request_id, index, "abort")
+        self._max_generation_tokens.observe(max(times.num_tokens for times in record.sequences))
         del self._live[request_id]
 
     def count_refused(self, reason: str) -> None:
@@ -140,7 +147,8 @@ class Metrics:
         self.scheduler.begin_again(ready.num_pages)
         sizes = (ready.page_size, ready.num_pages, ready.host_pages)
         self._cache_config.clear()
-        self._cache_config.labels(self._model, *map(str, sizes), ready.dtype).set(1)
+        self._cache_config.labels(self._model, ENGINE, *map(str, sizes), ready.dtype).set(1)
+        self._spec_decode.begin(ready.drafters)
         for tier, there in zip(Tier, (ready.host_pages, ready.host_pages, ready.disk_pages), strict=True):
             if there:  # shown from the start, at zero
                 self._failed_copies.labels(self._model, tier.name.lower())
@@ -154,8 +162,7 @@ class Metrics:
         now = self._clock()
         for output in step.outputs:
             self._observe_output(output, now)
-            for verified in output.verified:
-                self._spec_decode.count(verified)
+            self._spec_decode.count(output.verified)
         tokens = step.num_prompt_tokens + sum(len(output.tokens) for output in step.outputs)
         if tokens:
             self._iteration_tokens.observe(tokens)
@@ -197,7 +204,7 @@ class Metrics:
 
     def _observe_end(self, request: Request, times: SequenceTimes, reason: str) -> None:
         now = self._clock()
-        self._success.labels(self._model, reason).inc()
+        self._success.labels(self._model, ENGINE, reason).inc()
         self._request_generation_tokens.observe(times.num_tokens)
         self._e2e.observe(now - request.arrival_s)
         started = times.first_scheduled_s
@@ -205,24 +212,26 @@ class Metrics:
         if started is None or times.first_token_s is None:
             return
         self._prefill.observe(times.first_token_s - started)
-        self._decode.observe(times.last_token_s - times.first_token_s)
+        decode_s = times.last_token_s - times.first_token_s
+        self._decode.observe(decode_s)
+        self._time_per_token.observe(decode_s / max(1, times.num_tokens - 1))
         self._inference.observe(times.last_token_s - started)
 
     # Declarations
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model)
+        labels = labels_of(name, self._model)
+        return Counter(name, text, [*labels], registry=self.registry).labels(**labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(
-            self._model
-        )
+        labels = labels_of(name, self._model)
+        return Histogram(name, text, [*labels], registry=self.registry, buckets=buckets).labels(**labels)
 
     def _make_counters(self) -> None:
         self._cache_config = Gauge(
             "vllm:cache_config_info",
             "Sizes of the KV cache, as labels.",
-            ["model_name", "block_size", "num_gpu_blocks", "num_cpu_blocks", "dtype"],
+            ["model_name", "engine", "block_size", "num_gpu_blocks", "num_cpu_blocks", "dtype"],
             registry=self.registry,
         )
         self._step_time_ratio = Gauge(
@@ -243,15 +252,19 @@ class Metrics:
         self._success = Counter(
             "vllm:request_success",
             "Sequences that ended, by reason.",
-            ["model_name", "finished_reason"],
+            ["model_name", "engine", "finished_reason"],
             registry=self.registry,
         )
+        for finish in FinishReason:  # shown from the start, at zero
+            self._success.labels(self._model, ENGINE, finish.value)
         self._refused = Counter(
             "octavo:refused",
             "HTTP requests that were not taken, by reason.",
             ["model_name", "reason"],
             registry=self.registry,
         )
+        for reason in REASONS:
+            self._refused.labels(self._model, reason)
         self._http = Counter(
             "http_requests",
             "HTTP requests, by route template, method and status (499: the client left).",
@@ -269,6 +282,11 @@ class Metrics:
         self._request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Output tokens per sequence.", TOKEN_BUCKETS
         )
+        self._max_generation_tokens = self._histogram(
+            "vllm:request_max_num_generation_tokens",
+            "Output tokens of a request's longest sequence.",
+            TOKEN_BUCKETS,
+        )
         self._params_n = self._histogram("vllm:request_params_n", "Choices per request.", CHOICE_BUCKETS)
         self._params_max_tokens = self._histogram(
             "vllm:request_params_max_tokens", "max_tokens per request.", TOKEN_BUCKETS
@@ -280,6 +298,11 @@ class Metrics:
         )
         self._inter_token = self._histogram(
             "vllm:inter_token_latency_seconds", "Between tokens of a sequence.", INTER_TOKEN_BUCKETS
+        )
+        self._time_per_token = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Between tokens of a sequence, the mean of each; 0 for one token.",
+            PER_TOKEN_BUCKETS,
         )
         self._e2e = self._histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to the end.", REQUEST_BUCKETS

@@ -28,7 +28,8 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 LINGER_S = 0.5  # how long a refused body is still read
 CLIENT_LEFT = 499  # in the log and the metrics; nobody receives it
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
-QUIET_PATHS = frozenset({"/health", "/live", "/metrics"})  # logged at debug level: probes come every second
+# Logged at debug level: probes come every second
+QUIET_PATHS = frozenset({"/health", "/live", "/metrics", "/ping"})
 UNROUTED_PATHS = frozenset({"/docs", "/openapi.json"})  # routes that leave no template in the scope
 
 
@@ -58,6 +59,7 @@ class CallMiddleware:
             return
         call = Call(_request_id(scope))
         scope.setdefault("state", {})["call"] = call
+        routed = _as_routed(scope)
         began = time.monotonic()
 
         async def send_with_id(message: Message) -> None:
@@ -67,18 +69,18 @@ class CallMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            await self.app(routed, receive, send_with_id)
         except Exception:
             logs.logger.exception("request failed", extra={"fields": {"request": call.request_id}})
             if not call.started:
                 await error_response(INTERNAL)(scope, receive, send_with_id)
         finally:
-            self._record(scope, call, time.monotonic() - began)
+            self._record(scope, routed, call, time.monotonic() - began)
 
-    def _record(self, scope: Scope, call: Call, seconds: float) -> None:
+    def _record(self, scope: Scope, routed: Scope, call: Call, seconds: float) -> None:
         method = scope["method"] if scope["method"] in METHODS else "other"
-        self._metrics.count_http(_template(scope), method, call.status)
-        level = logging.DEBUG if scope["path"] in QUIET_PATHS else logging.INFO
+        self._metrics.count_http(_template(routed), method, call.status)
+        level = logging.DEBUG if routed["path"] in QUIET_PATHS else logging.INFO
         path = logs.sanitise(scope["path"])
         fields = {"status": call.status, "seconds": round(seconds, 4), **call.fields}
         logs.log(level, "request", request=call.request_id, method=method, path=path, **fields)
@@ -157,6 +159,13 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value):
             return bytes(value).decode()
     return uuid.uuid4().hex
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """What is routed in its place: slashes at the end of a path mean nothing, and HEAD is GET, of whose
+    answer the HTTP server, which keeps the method as it came, withholds the body."""
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
 
 
 def _template(scope: Scope) -> str:

@@ -30,6 +30,7 @@ ANSWERS: tuple[type[msgspec.Struct], ...] = (
     responses.ChatCompletion,
     responses.Tokens,
     responses.Text,
+    responses.TokenizerInfo,
     responses.ModelList,
     responses.Model,
     responses.ErrorEnvelope,

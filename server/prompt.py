@@ -40,6 +40,12 @@ class ChatTemplates:
     def __init__(self, templates: Mapping[str, ChatTemplate]) -> None:
         self._templates = dict(templates)
 
+    @property
+    def source(self) -> str | None:
+        """The usual template's text."""
+        usual = self._templates.get(DEFAULT)
+        return None if usual is None else usual.source
+
     def start(self) -> None:
         """Start the process of the usual template; others start when they are asked for."""
         for name, template in self._templates.items():

@@ -31,6 +31,9 @@ class Refusal(ApiError):
         self.reason = reason
 
 
+REASONS = (*(reason.value for reason in RefusalReason), "draining", "tenant_limit", "rate_limit_exceeded")
+
+
 def draining() -> Refusal:
     return Refusal(503, "The server is shutting down.", reason="draining", headers=retry_after(5))
 

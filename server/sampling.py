@@ -56,12 +56,12 @@ def base_sampling(
     logprobs: int | None,
     prompt_logprobs: int | None,
 ) -> SamplingParams:
-    """Everything but max_tokens, which depends on each prompt. Tokenises bad_words: not for the loop."""
+    """Everything but max_tokens and the seed, which are each prompt's own. Tokenises bad_words: not for the
+    loop."""
     eos_ids = () if body.ignore_eos else (token for token in defaults.eos_token_ids if token < vocab_size)
     stop_ids = (*eos_ids, *(body.stop_token_ids or ()))
     allowed = body.allowed_token_ids
     sampling = SamplingParams(
-        seed=secrets.randbits(64) if body.seed is None else body.seed & SEED_MASK,
         temperature=_or(body.temperature, defaults.temperature),
         top_p=max(MIN_TOP_P, _or(body.top_p, defaults.top_p)),
         top_k=max(0, int(_or(body.top_k, defaults.top_k))),
@@ -80,6 +80,11 @@ def base_sampling(
     )
     _check_some_token_is_left(sampling)
     return sampling
+
+
+def seed_of_prompt(body: GenerationFields) -> int:
+    """The one asked for, so that a prompt in a list gives what it gives alone; else each draws its own."""
+    return secrets.randbits(64) if body.seed is None else body.seed & SEED_MASK
 
 
 def fit_max_tokens(
@@ -113,10 +118,12 @@ def _check_some_token_is_left(sampling: SamplingParams) -> None:
 
 
 def _bad_words(tokenizer: Tokenizer, words: list[str], vocab_size: int) -> tuple[tuple[int, ...], ...]:
-    """Each word as it follows something else and as it follows a space, which are different tokens. A word
-    with a token that the model does not have cannot occur."""
+    """Each word as it follows something else and as it follows a space, which are different tokens; and where
+    it spells special tokens, as those. A word with a token that the model does not have cannot occur."""
     spellings = (form for word in words for form in (word, " " + word.lstrip(" ")))
-    encoded = (tuple(tokenizer.encode_within(form)) for form in spellings)
+    encoded = [tuple(tokenizer.encode_within(form)) for form in spellings]
+    marked = (tuple(tokenizer.encode(word, special=True)) for word in words)
+    encoded += (ids for ids in marked if any(map(tokenizer.is_special, ids)))
     return tuple(dict.fromkeys(ids for ids in encoded if ids and max(ids) < vocab_size))
 
 

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-Samples = list[tuple[tuple[str, ...], float]]  # label values after model_name, and the value
+ENGINE = "0"
+Samples = list[tuple[tuple[str, ...], float]]  # label values after those of `labels_of`, and the value
+
+
+def labels_of(name: str, model_name: str) -> dict[str, str]:
+    """Labels that every series of that name has. vLLM's name its engine, of which there is one here."""
+    engine = {"engine": ENGINE} if name.startswith("vllm:") else {}
+    return {"model_name": model_name} | engine
 
 
 class Family(NamedTuple):
@@ -58,9 +65,10 @@ class SchedulerMetrics(Collector):
         kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
         samples: Iterable[tuple[tuple[str, ...], float]],
     ) -> Metric:
-        metric = kind(family.name, family.text, labels=("model_name", *family.labels))
+        common = labels_of(family.name, self._model)
+        metric = kind(family.name, family.text, labels=(*common, *family.labels))
         for labels, value in samples:
-            metric.add_metric((self._model, *labels), value)
+            metric.add_metric((*common.values(), *labels), value)
         return metric
 
 

@@ -21,7 +21,13 @@ from server.metrics import Metrics
 from server.prompt import TemplateError, TemplateUnavailable
 from server.prompt_reader import PromptReader
 from server.refusals import Refusal, draining
-from server.sampling import base_sampling, check_limits, check_max_tokens, fit_max_tokens
+from server.sampling import (
+    base_sampling,
+    check_limits,
+    check_max_tokens,
+    fit_max_tokens,
+    seed_of_prompt,
+)
 from server.streams import Generation, TextOptions
 from server.tenants import TenantLimits
 from server.text_threads import TextThreads
@@ -75,7 +81,9 @@ class Service:
 
     def __post_init__(self) -> None:
         server, scheduler = self.config.server, self.config.engine.scheduler
-        self.model_name = server.served_model_name or self.checkpoint.name
+        named = dict.fromkeys(filter(None, server.served_model_name))
+        self.model_names = tuple(named) or (self.checkpoint.name,)
+        self.model_name = self.model_names[0]
         self.version = octavo_version()
         self.created_s = int(time.time())
         self.metrics = Metrics(self.model_name)
@@ -136,9 +144,9 @@ class Service:
             raise unavailable("The engine makes no progress.", NOT_READY_RETRY_S, "stalled")
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            shown = logs.sanitise(name)
-            message = f"The model '{shown}' does not exist; this server serves '{self.model_name}'."
+        if name is not None and name not in self.model_names:
+            shown, served = logs.sanitise(name), "', '".join(self.model_names)
+            message = f"The model '{shown}' does not exist; this server serves '{served}'."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def prompt_reader(self) -> PromptReader:
@@ -229,7 +237,10 @@ class Service:
                     request_id=f"{job.id}-{number}",
                     prompt_ids=prompt.ids,
                     sampling=replace(
-                        sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens)
+                        sampling,
+                        seed=seed_of_prompt(body),
+                        max_tokens=max_tokens,
+                        min_tokens=min(sampling.min_tokens, max_tokens),
                     ),
                     num_choices=job.num_choices,
                     arrival_s=arrival_s,

@@ -84,18 +84,25 @@ class Slot:
 
 
 class ChoiceReader:
-    """Detokenises one choice, stops at its stop strings, and keeps tokens aligned with the text."""
+    """Detokenises one choice, stops at its stop strings, and keeps tokens aligned with the text.
+
+    Stop strings are looked for in all that the model wrote: the text of special tokens, and that of the
+    token which ends the choice, are searched where they are not shown. A stop string counts if it ends
+    in a token after the first `min_tokens`, wherever it begins.
+    """
 
     def __init__(self, index: int, tokenizer: Tokenizer, options: TextOptions) -> None:
         self.index = index
         self.num_tokens = self.num_drafts = self.num_accepted = 0
         self.finish: str | None = None
-        self._options = options
+        self._tokenizer, self._options = tokenizer, options
         self._detokenizer = IncrementalDetokenizer(tokenizer, options.skip_special)
         self._stops = StopMatcher(options.stops, options.include_stop)
         self._matched: str | None = None
-        self._held: deque[Piece] = deque()  # tokens whose text is not out yet
-        self._num_chars = 0  # detokenised
+        # Tokens whose text is not out yet, each with its place in all text, hidden or not.
+        self._held: deque[tuple[int, Piece]] = deque()
+        self._num_read = 0  # characters of all text
+        self._num_shown = 0  # those of them that are not hidden
         self._num_emitted = 0
 
     def read(self, slot: Slot) -> Delta:
@@ -107,15 +114,16 @@ class ChoiceReader:
                 self.finish = delta.finish = "length" if ended_well else slot.finish.value
             return delta
         text = self._read_tokens(slot)
+        if slot.finish is not None:
+            text += self._flush(slot)
         if self._matched is not None:
             self.finish, delta.stop_reason = "stop", self._matched
         elif slot.finish is not None:
-            text += self._flush()
-            matched = self._matched
-            self.finish = "stop" if matched is not None else slot.finish.value
-            delta.stop_reason = matched if matched is not None else self._stop_id(slot)
+            self.finish, delta.stop_reason = slot.finish.value, self._stop_id(slot)
+        self._num_emitted += len(text)
         delta.text, delta.finish = text, self.finish
-        delta.pieces = self._release(everything=self.finish is not None and self._matched is None)
+        if text or self.finish is not None:  # hidden text alone is no news
+            delta.pieces = self._release(everything=self.finish is not None and self._matched is None)
         return delta
 
     def _read_tokens(self, slot: Slot) -> str:
@@ -123,37 +131,51 @@ class ChoiceReader:
         last = len(slot.tokens) - 1
         for place, token in enumerate(slot.tokens):
             logprobs = slot.logprobs[place] if slot.logprobs else None
-            self._held.append(Piece(token, logprobs, self._num_chars))
+            self._held.append((self._num_read, Piece(token, logprobs, self._num_shown)))
             self.num_tokens += 1
             num_drafts, stood = slot.drafts[place]
             self.num_drafts += num_drafts
             self.num_accepted += stood
             stopping = slot.stop_token is not None and place == last
             if not stopping or self._options.include_stop:
-                text += self._emit(self._detokenizer.push((token,)))
+                text += self._take(self._detokenizer.push((token,)))
+                if self._options.skip_special and self._tokenizer.is_special(token):
+                    text += self._take(self._text_of(token), hidden=True)
             if self._matched is not None:
                 break
         return text
 
-    def _emit(self, piece: str) -> str:
-        """The part of the new text that may be shown now."""
-        self._num_chars += len(piece)
-        if self._options.stops and self.num_tokens > self._options.min_tokens:
-            piece, self._matched = self._stops.push(piece)
-        self._num_emitted += len(piece)
-        return piece
+    def _take(self, piece: str, *, hidden: bool = False) -> str:
+        """More text, in its order -> the part of it, and of what was held back, that may be shown now."""
+        self._num_read += len(piece)
+        self._num_shown += 0 if hidden else len(piece)
+        may_stop = self.num_tokens > self._options.min_tokens
+        shown, self._matched = self._stops.push(piece, hidden=hidden, may_stop=may_stop)
+        return shown
 
-    def _flush(self) -> str:
-        text = self._emit(self._detokenizer.flush())
-        rest = self._stops.flush() if self._matched is None else ""
-        self._num_emitted += len(rest)
-        return text + rest
+    def _flush(self, slot: Slot) -> str:
+        """The text ends here, with the token that stopped it if one did."""
+        if self._matched is not None:
+            return ""
+        text = self._take(self._detokenizer.flush())
+        if slot.stop_token is not None and not self._options.include_stop:
+            text += self._take(self._text_of(slot.stop_token), hidden=True)
+        return text + self._stops.flush()
+
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.token_bytes(token).decode("utf-8", "replace")
 
     def _release(self, *, everything: bool) -> list[Piece]:
-        """Tokens whose text began to show. After a stop string, those behind the cut never do."""
+        """Tokens whose text began to pass. After a stop string, those behind the cut never do."""
         held, released = self._held, []
-        while held and (everything or held[0].start < self._num_emitted):
-            released.append(held.popleft())
+        num_passed = self._stops.num_passed
+        included = len(self._matched) if self._matched is not None and self._options.include_stop else 0
+        while held and (everything or held[0][0] < num_passed):
+            place, piece = held.popleft()
+            behind = num_passed - place
+            if behind <= included:  # all of the stop string is shown, also what would be hidden elsewhere
+                piece = piece._replace(start=self._num_emitted - behind)
+            released.append(piece)
         return released
 
     def _stop_id(self, slot: Slot) -> int | None:

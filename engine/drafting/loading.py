@@ -22,7 +22,7 @@ from engine.drafting.vocabularies import other_vocabulary
 from engine.weights import embedded, hub
 from engine.weights.errors import CheckpointError
 from engine.weights.json_files import read_json_object
-from engine.weights.paths import named_path
+from engine.weights.paths import is_gguf, named_path
 from engine.weights.safetensors import read_folder
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _find(source: str, target: Checkpoint | None, config: TransformerConfig) -> 
         return Found(source, Kind.MTP, mtp.find_own(target, config), 0)
     path = named_path(source)
     if not path.is_dir():
-        if path.exists() or path.suffix == ".gguf" or source == embedded.NAME or not hub.is_hub_name(source):
+        if path.exists() or is_gguf(path) or source == embedded.NAME or not hub.is_hub_name(source):
             return _model(source, source, {}, target, config)  # `locate` says what is wrong with other names
         path = hub.fetch(source)
     fields = read_json_object(path / "config.json")

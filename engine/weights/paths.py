@@ -9,6 +9,11 @@ from engine.weights.errors import CheckpointError
 _SHOWN_CHARS = 200
 
 
+def is_gguf(path: Path) -> bool:
+    """By its name, in small letters or capitals."""
+    return path.suffix.lower() == ".gguf"
+
+
 def named_path(name: str, what: str = "") -> Path:
     """The path, `~` and `~user` being home folders; it need not exist. `what` it is, for errors.
 

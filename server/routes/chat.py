@@ -125,7 +125,7 @@ class ChatView:
         completion = ChatCompletion(
             id=self.id,
             created=self.created_s,
-            model=self.service.model_name,
+            model=self.body.model or self.service.model_name,
             system_fingerprint=self.service.fingerprint,
             decoding=lossy_of(self.generation),
             choices=[self._choice(delta) for delta in folded],
@@ -172,7 +172,7 @@ class ChatView:
         return ChatChunk(
             id=self.id,
             created=self.created_s,
-            model=self.service.model_name,
+            model=self.body.model or self.service.model_name,
             system_fingerprint=self.service.fingerprint,
             decoding=lossy_of(self.generation),
             choices=choices,
@@ -198,7 +198,12 @@ class ChatView:
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
         if not self.body.logprobs:
             return None
-        return chat_logprobs(self.service.tokenizer, delta.pieces, self.body.top_logprobs or 0)
+        return chat_logprobs(
+            self.service.tokenizer,
+            delta.pieces,
+            self.body.top_logprobs or 0,
+            as_ids=self.body.return_tokens_as_token_ids or False,
+        )
 
     def _prompt_ids(self) -> list[int]:
         return list(self.generation.requests[0].prompt_ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -143,7 +144,7 @@ class CompletionView:
         return Completion(
             id=self.id,
             created=self.created_s,
-            model=self.service.model_name,
+            model=self.body.model or self.service.model_name,
             system_fingerprint=self.service.fingerprint,
             decoding=lossy_of(self.generation),
             choices=choices,
@@ -177,11 +178,16 @@ class CompletionView:
         return choice
 
     def _logprobs(self, number: int, delta: Delta, echo_chars: int, *, first: bool) -> LegacyLogprobs:
-        tokenizer, num_top = self.service.tokenizer, self.body.logprobs or 0
-        logprobs = legacy_logprobs(tokenizer, delta.pieces, num_top, echo_chars)
+        logprobs_of = partial(
+            legacy_logprobs,
+            self.service.tokenizer,
+            num_top=self.body.logprobs or 0,
+            as_ids=self.body.return_tokens_as_token_ids or False,
+        )
+        logprobs = logprobs_of(delta.pieces, base_offset=echo_chars)
         if not (self.body.echo and first):
             return logprobs
-        return joined(legacy_logprobs(tokenizer, self._prompt_pieces(number), num_top, 0), logprobs)
+        return joined(logprobs_of(self._prompt_pieces(number), base_offset=0), logprobs)
 
     def _prompt_pieces(self, number: int) -> list[Piece]:
         """The prompt's tokens. What was put before the client's text (a BOS) starts at 0 with it."""

@@ -27,6 +27,11 @@ def operations_router(service: Service) -> APIRouter:
             raise unavailable(f"Not ready: {reason}.", NOT_READY_RETRY_S, reason)
         return json_response({"status": "ready"})
 
+    # SageMaker's name for it
+    router.add_api_route(
+        "/ping", health, methods=["GET", "POST"], response_model=None, include_in_schema=False
+    )
+
     @router.get("/version", response_model=None)
     async def version() -> Response:
         return json_response({"version": service.version})

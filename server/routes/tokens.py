@@ -1,4 +1,5 @@
-"""POST /tokenize and /detokenize: text to ids and back, without the engine, all in worker threads."""
+"""POST /tokenize and /detokenize: text to ids and back, without the engine, all in worker threads; and
+GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from server.openapi import described
 from server.prompt_reader import check_token_ids
 from server.wire.body import check_content_type, parse_body
 from server.wire.requests import DetokenizeRequest, TokenizeRequest
-from server.wire.responses import Text, Tokens
+from server.wire.responses import Text, TokenizerInfo, Tokens
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -36,6 +37,23 @@ def tokens_router(service: Service) -> APIRouter:
         check_content_type(request)
         raw = await request.body()
         return await service.threads.run_bounded(partial(_detokenize, service, raw))
+
+    @router.get("/tokenizer_info", **described(None, TokenizerInfo))
+    async def tokenizer_info() -> Response:
+        """What lm-eval's remote tokeniser reads, beside /tokenize and /detokenize."""
+        special, tokenizer = service.checkpoint.special_tokens, service.tokenizer
+        return json_response(
+            TokenizerInfo(
+                bos_token=special.get("bos_token"),
+                eos_token=special.get("eos_token"),
+                pad_token=special.get("pad_token"),
+                unk_token=special.get("unk_token"),
+                add_bos_token=tokenizer.add_bos,
+                chat_template=service.template.source if service.template is not None else None,
+                model_max_length=service.max_model_len,
+                vocab_size=tokenizer.vocab_size,
+            )
+        )
 
     return router
 

@@ -68,4 +68,5 @@ class GenerationFields(WireModel):
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # in log-probabilities
     decoding: DecodingFields | None = None

@@ -178,6 +178,19 @@ class Text(Answer, kw_only=True):
     prompt: str
 
 
+class TokenizerInfo(Answer, kw_only=True):
+    """Named as in Hugging Face's tokenizer_config.json, for clients that tokenise by way of this server."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    add_bos_token: bool
+    chat_template: str | None
+    model_max_length: int
+    vocab_size: int
+
+
 class ErrorDetail(Answer, kw_only=True):
     message: str
     type: str

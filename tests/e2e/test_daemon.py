@@ -42,6 +42,36 @@ def test_the_log_tells_where_the_start_went(live_server):
         assert f"{phase}=" in line
 
 
+def test_equal_prompts_of_a_list_differ_and_with_a_seed_each_is_what_it_is_alone(live_server):
+    def texts(prompts: list[str], **body) -> list[str]:
+        fields = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True, **body}
+        return [choice["text"] for choice in live_server.complete(prompt=prompts, **fields)["choices"]]
+
+    assert len(set(texts([PROMPT] * 6))) > 1
+    prompts = [PROMPT, "Once upon a time", PROMPT]
+    alone = [texts([prompt], seed=11, n=2) for prompt in prompts]
+    assert texts(prompts, seed=11, n=2) == [text for pair in alone for text in pair]
+    assert alone[0][0] != alone[0][1]
+
+
+def test_a_special_token_written_as_a_stop_string_ends_the_default_models_text(live_server):
+    body = {"prompt": PROMPT, "max_tokens": 8, "logit_bias": {"2": 100}, "ignore_eos": True}
+    for logprobs in (None, 1):
+        choice = live_server.complete(**body, stop="<|im_end|>", logprobs=logprobs)["choices"][0]
+        assert (choice["text"], choice["stop_reason"]) == ("", "<|im_end|>")
+    kept = live_server.complete(**body, stop="<|im_end|>", include_stop_str_in_output=True)["choices"][0]
+    assert kept["text"] == "<|im_end|>"
+
+
+def test_a_special_token_written_as_a_bad_word_is_not_said(live_server):
+    body = {"prompt": PROMPT, "max_tokens": 4, "logit_bias": {"2": 100}, "ignore_eos": True}
+    shown = {**body, "skip_special_tokens": False}
+    assert live_server.complete(**shown)["choices"][0]["text"] == "<|im_end|>" * 4
+    said = live_server.complete(**shown, bad_words=["<|im_end|>"])["choices"][0]["text"]
+    assert said
+    assert "<|im_end|>" not in said
+
+
 def test_a_stream_survives_kill_9_of_the_engine_with_the_same_text():
     sampling = {"max_tokens": 60, "temperature": 1.0, "seed": 77, "ignore_eos": True}
     with Daemon() as daemon:

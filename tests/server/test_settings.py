@@ -68,6 +68,8 @@ def test_flags_beat_environment_beats_file_beats_default(tmp_path: Path) -> None
         ("prefix_cache", "off", False),
         ("log_prompts", "YES", True),
         ("api_keys", "a, b,c", ("a", "b", "c")),
+        ("served_model_name", "a, org/b", ("a", "org/b")),
+        ("served_model_name", "", ()),
         ("cors_allow_origins", "a, b,,c", ("a", "b", "c")),
         ("dtype", "float32", "float32"),
     ],

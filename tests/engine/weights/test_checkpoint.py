@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind, locate
+from engine.drafting.loading import Kind, find_drafters
 from engine.models.config import Rope
 from engine.weights import embedded, hub
 from tests.engine.weights.folder import write_json
@@ -132,6 +133,18 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     assert f"{tmp_path}: eos_token_id" in refusal(str(tmp_path))
     write_json(tmp_path / "config.json", LLAMA | {"hidden_act": "relu"})
     assert "hidden_act" in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.GGUF", "model.Gguf"])
+def test_the_ending_of_a_gguf_file_may_be_in_capitals(name: str, smollm2_gguf: Path, tmp_path: Path) -> None:
+    (tmp_path / name).symlink_to(smollm2_gguf)
+    found = locate(str(tmp_path / name))
+    assert (found.name, found.kind) == ("model", CheckpointKind.GGUF)
+    assert "no folder, no .gguf file" in refusal(f"gone/{name}")  # and no name of the hub
+    (drafter,) = find_drafters(str(tmp_path / name), None, found.transformer)
+    assert drafter.kind is Kind.MODEL
+    with pytest.raises(CheckpointError, match=r"no folder, no \.gguf file"):
+        find_drafters(f"gone/{name}", None, found.transformer)
 
 
 def test_what_can_be_no_path_is_refused_in_one_line() -> None:

@@ -13,6 +13,7 @@ import pytest
 from server import cli
 from server.commands import serve
 from server.settings import SETTINGS, SettingsError, load
+from server.version import octavo_version
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,6 +140,14 @@ def test_the_model_may_be_named_either_way() -> None:
     assert settings(target="a") == settings(target=None, model="a") == settings(target="a", model="a") == "a"
     with pytest.raises(SettingsError):
         settings(target="a", model="b")
+
+
+def test_the_version_may_be_asked_for_either_way(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("version") == status_of("--version") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second == f"octavo {octavo_version()}"
+    assert status_of("--help") == 0
+    assert "--version" in capsys.readouterr().out
 
 
 def test_a_light_command_imports_nothing_heavy() -> None:

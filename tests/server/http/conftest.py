@@ -32,6 +32,8 @@ MODEL = "org/fake"
 class PlainTemplate:
     """role: content, one message a line."""
 
+    source = "{# role: content #}"
+
     def encode(
         self,
         tokenizer: ByteTokenizer,
@@ -81,6 +83,10 @@ class Running:
         lines = [line for line in self.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
+    def num_ended(self, reason: str) -> float:
+        labels = f'engine="0",finished_reason="{reason}",model_name="{MODEL}"'
+        return self.metrics()[f"vllm:request_success_total{{{labels}}}"]
+
     def call(self, work: Callable[[], Any]) -> Any:
         """Run something on the server's loop."""
 
@@ -101,6 +107,7 @@ def make_service(
     checkpoint = SimpleNamespace(
         name=MODEL,
         bos_token_id=None,
+        special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
         transformer=SimpleNamespace(max_positions=engine.max_model_len),
     )
     defaults = GenerationDefaults(eos_token_ids=(EOS,))

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tests.server.http.conftest import MODEL, Running
+from tests.server.fake_engine import FakeEngine
+from tests.server.http.conftest import MODEL, Running, running
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -90,6 +91,21 @@ def test_logprobs(server: Running) -> None:
         ],
         "refusal": None,
     }
+
+
+def test_parts_of_characters_are_written_with_their_bytes() -> None:
+    with running(FakeEngine(reply=lambda request, index: [*"…".encode()])) as server:
+        asked = {"logprobs": True, "top_logprobs": 2, "max_tokens": 3}
+        choice = chat(server, **asked)["choices"][0]
+        content = choice["logprobs"]["content"]
+        assert choice["message"]["content"] == "…"
+        assert [entry["token"] for entry in content] == ["\\xe2", "\\x80", "\\xa6"]
+        assert bytes(byte for entry in content for byte in entry["bytes"]) == "…".encode()
+        assert [top["token"] for top in content[0]["top_logprobs"]] == ["\\xe3", "\\xe4"]
+        by_id = chat(server, return_tokens_as_token_ids=True, **asked)["choices"][0]["logprobs"]["content"]
+        assert [entry["token"] for entry in by_id] == ["token_id:226", "token_id:128", "token_id:166"]
+        assert [top["token"] for top in by_id[0]["top_logprobs"]] == ["token_id:227", "token_id:228"]
+        assert [entry["bytes"] for entry in by_id] == [entry["bytes"] for entry in content]
 
 
 def test_stream_says_role_text_finish_usage_done(server: Running) -> None:

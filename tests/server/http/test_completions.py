@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from engine.messages import TokenLogprobs
+from server.logprobs import legacy_logprobs
+from server.streams import Piece
 from tests.server.byte_tokenizer import BOS, EOS, ByteTokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import MODEL, Running, running
@@ -46,10 +49,13 @@ def test_each_prompt_is_a_request_with_the_same_seed(server: Running) -> None:
     assert first.sampling.seed == second.sampling.seed == 2**64 - 1
 
 
-def test_a_request_without_seed_draws_one(server: Running) -> None:
-    server.complete(max_tokens=1)
-    server.complete(max_tokens=1)
-    assert server.engine.requests[-1].sampling.seed != server.engine.requests[-2].sampling.seed
+def test_equal_prompts_without_a_seed_draw_one_each(server: Running) -> None:
+    """Sixty copies of a prompt gave one text sixty times."""
+    server.complete(prompt=["a"] * 30, max_tokens=1)
+    server.complete(prompt=["a"] * 30, max_tokens=1)
+    seeds = [request.sampling.seed for request in server.engine.requests[-60:]]
+    assert len(set(seeds)) == 60
+    assert all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_fields_reach_the_engine(server: Running) -> None:
@@ -129,6 +135,31 @@ def test_held_back_text_comes_out_at_the_end(server: Running) -> None:
     assert server.complete(max_tokens=4, stop="dx")["choices"][0]["text"] == "abcd"
 
 
+def test_a_special_token_written_as_a_stop_string_stops() -> None:
+    """It never matched: the text of special tokens was left out before stop strings were looked for."""
+    reply = [*b"one", BOS, *b"two", BOS, *b"three"]
+    with running(FakeEngine(reply=lambda request, index: reply, tokens_per_step=2)) as server:
+        for stop, text in (("<bos>", "one"), ("o<bos>th", "onetw"), ("bos>t", "one")):
+            for chosen in ({}, {"skip_special_tokens": False}):
+                choice = server.complete(stop=stop, logprobs=0, **chosen)["choices"][0]
+                shown = text if not chosen else {"one": "one", "onetw": "one<bos>tw"}[text]
+                shown += "<" if stop == "bos>t" and chosen else ""
+                assert (choice["text"], choice["stop_reason"]) == (shown, stop)
+        kept = server.complete(stop="<bos>t", include_stop_str_in_output=True, logprobs=0)["choices"][0]
+        assert kept["text"] == "one<bos>t"
+        assert kept["logprobs"]["tokens"] == ["o", "n", "e", "<bos>", "t"]
+        assert kept["logprobs"]["text_offset"] == [0, 1, 2, 3, 8]
+
+
+def test_a_stop_string_begun_within_min_tokens_stops() -> None:
+    """Only what came after min_tokens was searched."""
+    with running(FakeEngine(tokens_per_step=4)) as server:
+        choice = server.complete(max_tokens=20, stop="cdef", min_tokens=5)["choices"][0]
+        assert (choice["text"], choice["stop_reason"]) == ("ab", "cdef")
+        choice = server.complete(max_tokens=8, stop="cdef", min_tokens=6)["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("abcdefgh", "length")
+
+
 def test_end_of_sequence_has_no_text_and_no_stop_reason() -> None:
     with running(FakeEngine(reply=lambda request, index: [*b"ok", EOS, *b"no"])) as server:
         choice = server.complete(skip_special_tokens=False, logprobs=1)["choices"][0]
@@ -154,6 +185,53 @@ def test_legacy_logprobs_hold_the_chosen_token(server: Running) -> None:
         "top_logprobs": [{"b": -0.05, "a": -0.1}, {"c": -0.05, "b": -0.1}],
         "text_offset": [0, 1],
     }
+
+
+def test_alternatives_that_are_parts_of_characters_have_keys_of_their_own() -> None:
+    """All of them were one replacement character, of which one was left."""
+    with running(FakeEngine(reply=lambda request, index: [*"…".encode()])) as server:
+        logprobs = server.complete(logprobs=5)["choices"][0]["logprobs"]
+        assert logprobs["tokens"] == ["bytes:\\xe2", "bytes:\\x80", "bytes:\\xa6"]
+        assert list(logprobs["top_logprobs"][0]) == [
+            *("bytes:\\xe3", "bytes:\\xe4", "bytes:\\xe5", "bytes:\\xe6", "bytes:\\xe7"),
+            "bytes:\\xe2",  # the chosen one, which is not among the five
+        ]
+        echoed = server.complete(prompt="…", echo=True, logprobs=5, max_tokens=0)["choices"][0]["logprobs"]
+        assert echoed["tokens"] == ["bytes:\\xe2", "bytes:\\x80", "bytes:\\xa6"]
+        assert [len(top) for top in echoed["top_logprobs"][1:]] == [6, 6]
+
+
+def test_tokens_are_named_by_their_ids_where_that_is_asked_for(server: Running) -> None:
+    asked = {"logprobs": 2, "max_tokens": 1, "return_tokens_as_token_ids": True}
+    logprobs = server.complete(prompt="xy", echo=True, **asked)["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:120", "token_id:121", "token_id:97"]
+    assert list(logprobs["top_logprobs"][-1]) == ["token_id:98", "token_id:99", "token_id:97"]
+    asked["return_tokens_as_token_ids"] = False
+    assert server.complete(**asked)["choices"][0]["logprobs"]["tokens"] == ["a"]
+
+
+class Twins(ByteTokenizer):
+    """Ids 98 and 99 have the text of 97, and " …" but for its last byte is one token."""
+
+    def token_bytes(self, token: int) -> bytes:
+        return {98: b"a", 99: b"a", 100: " …".encode()[:-1], 101: b"\\\xff"}.get(token) or bytes([token])
+
+
+def test_alternatives_of_one_text_have_keys_of_their_own() -> None:
+    def legacy(chosen: int, *top: int) -> dict[str, float]:
+        found = tuple((token, -float(place)) for place, token in enumerate(top, start=1))
+        logprob = dict(found).get(chosen, -9.0)
+        piece = Piece(chosen, TokenLogprobs(chosen, logprob, 1, found), 0)
+        logprobs = legacy_logprobs(Twins(), [piece], len(top), 0)  # type: ignore[arg-type]
+        shown = logprobs.top_logprobs[0]
+        assert shown is not None
+        assert shown[logprobs.tokens[0]] == logprobs.token_logprobs[0] == logprob
+        return shown
+
+    assert legacy(120, 97, 99, 98) == {"a": -1.0, "token_id:99": -2.0, "token_id:98": -3.0, "x": -9.0}
+    assert legacy(98, 97, 98, 99) == {"token_id:97": -1.0, "a": -2.0, "token_id:99": -3.0}
+    assert legacy(98, 97) == {"token_id:97": -1.0, "a": -9.0}
+    assert legacy(101, 100) == {"bytes: \\xe2\\x80": -1.0, "bytes:\\x5c\\xff": -9.0}
 
 
 def test_echo_with_logprobs_scores_the_prompt(server: Running) -> None:

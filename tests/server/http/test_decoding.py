@@ -23,7 +23,9 @@ class Drafting(FakeEngine):
 
     def _advance(self, live: Live) -> SequenceOutput:
         output = super()._advance(live)
-        return msgspec.structs.replace(output, verified=(Verified("prompt_lookup", 3, (0, 1)),))
+        # Two drafters had a part in one round
+        verified = (Verified("prompt_lookup", 2, (0,)), Verified("recycling", 1, (1,)))
+        return msgspec.structs.replace(output, verified=verified)
 
 
 def test_the_configuration_lists_the_drafters_there_are() -> None:
@@ -171,14 +173,18 @@ def test_acceptance_is_in_the_usage_when_asked_and_in_the_metrics() -> None:
             "accepted_prediction_tokens": 6,
             "rejected_prediction_tokens": 3,
         }
-        with server.client() as client:
-            text = client.get("/metrics").text
-    lines = [line for line in text.splitlines() if line.startswith("vllm:spec_decode") and "_total" in line]
-    values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "position" not in line}
-    assert values == {
-        "vllm:spec_decode_num_drafts_total": 6,
-        "vllm:spec_decode_num_draft_tokens_total": 18,
-        "vllm:spec_decode_num_accepted_tokens_total": 12,
-    }
-    places = [line for line in lines if "per_pos" in line]
-    assert [float(line.split()[-1]) for line in places] == [6, 6]
+        metrics = server.metrics()
+
+    def counted(name: str, **labels: str) -> float:
+        common = {"model_name": "org/fake"} | ({"engine": "0"} if name.startswith("vllm:") else {})
+        shown = ",".join(f'{key}="{value}"' for key, value in sorted((common | labels).items()))
+        return metrics[f"{name}_total{{{shown}}}"]
+
+    assert counted("vllm:spec_decode_num_drafts") == 6, "rounds of verification, not drafters that had a part"
+    assert counted("vllm:spec_decode_num_draft_tokens") == 18
+    assert counted("vllm:spec_decode_num_accepted_tokens") == 12
+    places = [counted("vllm:spec_decode_num_accepted_tokens_per_pos", position=str(at)) for at in range(4)]
+    assert places == [6, 6, 0, 0]
+    for drafter, drafts in (("prompt_lookup", 12), ("recycling", 6), ("lookahead", 0)):
+        assert counted("octavo:spec_decode_draft_tokens", drafter=drafter) == drafts
+        assert counted("octavo:spec_decode_accepted_tokens", drafter=drafter) == (6 if drafts else 0)

@@ -15,7 +15,10 @@ from tests.server.http.conftest import Running, running
 from tests.server.http.test_bad_input import check_envelope
 from tests.server.http.test_disconnect import within
 
-GUARDED = ["/v1/models", "/version", "/docs", "/openapi.json", "/nowhere", "/health/", "//live", "/live/x"]
+GUARDED = [
+    *("/v1/models", "/version", "/docs", "/docs/assets/swagger-ui.css", "/openapi.json", "/tokenizer_info"),
+    *("/nowhere", "//live", "/live/x", "/v1/models/", "/version/"),
+]
 
 
 def test_keys_guard_everything_but_probes() -> None:
@@ -26,7 +29,7 @@ def test_keys_guard_everything_but_probes() -> None:
             assert response.headers["www-authenticate"].startswith("Bearer")
             assert check_envelope(response.json())["code"] == "invalid_api_key"
             assert "x-request-id" in response.headers
-        for path in ("/live", "/health", "/metrics"):
+        for path in ("/live", "/health", "/ping", "/metrics", "/health/"):
             assert server.get(path).status_code == 200
         for key in ("first", "sécond"):
             authorization = {"authorization": f"Bearer {key}".encode()}

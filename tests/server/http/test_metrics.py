@@ -5,14 +5,16 @@ from functools import partial
 import msgspec
 import pytest
 
+from engine.drafting.speculation import MAX_TREE
 from engine.messages import SequenceOutput, StepOutput
 from scheduler.plan import LevelStats, SchedulerStats, Tier, TierStats
 from scheduler.refusal import RefusalReason
+from scheduler.types import FinishReason, Request, SamplingParams
 from server.metrics import Metrics
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
 
-LABEL = '{model_name="org/fake"}'
+LABEL = '{engine="0",model_name="org/fake"}'
 
 
 def test_count_identities() -> None:
@@ -22,6 +24,7 @@ def test_count_identities() -> None:
         for _ in range(requests):
             server.complete(prompt="p" * prompt, max_tokens=output)
         metrics = server.metrics()
+        assert server.num_ended("length") == requests
     expected = {
         "time_to_first_token_seconds_count": requests,
         "inter_token_latency_seconds_count": requests * (output - 1),
@@ -30,21 +33,23 @@ def test_count_identities() -> None:
         "request_inference_time_seconds_count": requests,
         "request_prefill_time_seconds_count": requests,
         "request_decode_time_seconds_count": requests,
+        "request_time_per_output_token_seconds_count": requests,
         "iteration_tokens_total_sum": requests * (prompt + output),
         "iteration_tokens_total_count": requests * output,
         "prompt_tokens_total": requests * prompt,
         "generation_tokens_total": requests * output,
         "request_prompt_tokens_sum": requests * prompt,
         "request_generation_tokens_sum": requests * output,
+        "request_max_num_generation_tokens_count": requests,
+        "request_max_num_generation_tokens_sum": requests * output,
         "request_params_n_sum": requests,
         "request_params_max_tokens_sum": requests * output,
     }
     assert {name: metrics[f"vllm:{name}{LABEL}"] for name in expected} == expected
-    assert metrics['vllm:request_success_total{finished_reason="length",model_name="org/fake"}'] == requests
     assert metrics[f"vllm:num_requests_running{LABEL}"] == 0
     assert metrics['octavo:pages{model_name="org/fake",state="free",tier="device"}'] == 100
     info = (
-        'vllm:cache_config_info{block_size="16",dtype="float32",model_name="org/fake",'
+        'vllm:cache_config_info{block_size="16",dtype="float32",engine="0",model_name="org/fake",'
         'num_cpu_blocks="0",num_gpu_blocks="100"}'
     )
     assert metrics[info] == 1
@@ -63,18 +68,59 @@ def test_identities_hold_for_many_tokens_a_step(tokens_per_step: int) -> None:
 
 
 def test_a_stop_string_counts_as_stop(server: Running) -> None:
-    name = 'vllm:request_success_total{finished_reason="stop",model_name="org/fake"}'
-    before = server.metrics().get(name, 0)
+    before = server.num_ended("stop")
     server.complete(stop="c", n=2)
-    assert server.metrics()[name] == before + 2
+    assert server.num_ended("stop") == before + 2
 
 
 def test_a_stop_string_in_the_last_words_counts_as_stop() -> None:
     with running(FakeEngine(tokens_per_step=100)) as server:
         assert server.complete(stop="c", max_tokens=5)["choices"][0]["finish_reason"] == "stop"
-        assert (
-            server.metrics()['vllm:request_success_total{finished_reason="stop",model_name="org/fake"}'] == 1
-        )
+        assert server.num_ended("stop") == 1
+
+
+def test_a_fresh_server_shows_every_series_of_vllm_at_zero() -> None:
+    """A rate over a counter that appears with its first event misses that event."""
+    with running() as server:
+        fresh = server.metrics()
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        assert fresh[f"vllm:spec_decode_{name}_total{LABEL}"] == 0
+    for place in range(MAX_TREE):
+        labels = f'engine="0",model_name="org/fake",position="{place}"'
+        assert fresh[f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{{labels}}}"] == 0
+    for name in ("draft", "accepted"):
+        labels = 'drafter="prompt_lookup",model_name="org/fake"'
+        assert fresh[f"octavo:spec_decode_{name}_tokens_total{{{labels}}}"] == 0
+    for name in ("request_time_per_output_token_seconds", "request_max_num_generation_tokens"):
+        assert fresh[f"vllm:{name}_count{LABEL}"] == 0
+    for reason in FinishReason:
+        labels = f'engine="0",finished_reason="{reason}",model_name="org/fake"'
+        assert fresh[f"vllm:request_success_total{{{labels}}}"] == 0
+    for reason in ("queue_full", "draining", "tenant_limit", "rate_limit_exceeded"):
+        assert fresh[f'octavo:refused_total{{model_name="org/fake",reason="{reason}"}}'] == 0
+    of_vllm = [name for name in fresh if name.startswith("vllm:")]
+    assert all('engine="0"' in name and 'model_name="org/fake"' in name for name in of_vllm)
+
+
+def test_times_per_token_and_longest_outputs_are_observed_per_sequence_and_per_request() -> None:
+    clock = [0.0]
+    metrics = Metrics("m", lambda: clock[0])
+    request = Request(request_id="r", prompt_ids=(1,), sampling=SamplingParams(max_tokens=9), num_choices=2)
+    metrics.begin(request)
+    for now, first, second in ((1.0, (5,), (6,)), (1.2, (5, 5), ()), (1.8, (5,), ())):
+        clock[0] = now
+        outputs = (SequenceOutput("r", 0, first), SequenceOutput("r", 1, second))
+        outputs = tuple(msgspec.structs.replace(piece, first_scheduled_s=0.5) for piece in outputs)
+        metrics.on_step(StepOutput(outputs, SchedulerStats()))
+    for index in (0, 1):
+        metrics.finish("r", index, "length")
+    value = partial(metrics.registry.get_sample_value, labels={"model_name": "m", "engine": "0"})
+    assert value("vllm:request_time_per_output_token_seconds_sum") == pytest.approx(0.8 / 3)
+    assert value("vllm:request_time_per_output_token_seconds_count") == 2
+    assert value("vllm:request_max_num_generation_tokens_count") == 0
+    metrics.end("r")
+    assert value("vllm:request_max_num_generation_tokens_count") == 1
+    assert value("vllm:request_max_num_generation_tokens_sum") == 4
 
 
 def test_every_step_that_computed_counts() -> None:
@@ -82,7 +128,7 @@ def test_every_step_that_computed_counts() -> None:
     for num_prompt_tokens, tokens in ((512, ()), (100, (5,)), (0, (6, 7)), (0, ())):
         output = SequenceOutput("unknown", 0, tokens)
         metrics.on_step(StepOutput((output,), SchedulerStats(), num_prompt_tokens))
-    value = partial(metrics.registry.get_sample_value, labels={"model_name": "m"})
+    value = partial(metrics.registry.get_sample_value, labels={"model_name": "m", "engine": "0"})
     assert value("vllm:iteration_tokens_total_count") == 3
     assert value("vllm:iteration_tokens_total_sum") == 512 + 101 + 2
 
@@ -103,7 +149,7 @@ def test_a_lost_engine_holds_nothing() -> None:
         gauges = server.metrics()
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
             assert gauges[f"vllm:{name}{LABEL}"] == 0
-        assert gauges[levels] == gauges[f"octavo:step_time_ratio{LABEL}"] == 0
+        assert gauges[levels] == gauges['octavo:step_time_ratio{model_name="org/fake"}'] == 0
         assert gauges['octavo:pages{model_name="org/fake",state="held",tier="device"}'] == 0
 
 
@@ -186,7 +232,7 @@ def test_the_schedulers_stats_are_shown_under_their_names() -> None:
         for name, labels in expected
     }
     assert shown == expected
-    assert value("vllm:num_preemptions_total", {"model_name": "m"}) == 5
+    assert value("vllm:num_preemptions_total", {"model_name": "m", "engine": "0"}) == 5
 
 
 def test_failed_copies_count_by_where_they_went_for_as_long_as_the_server_runs() -> None:
@@ -219,7 +265,9 @@ def test_a_refused_request_is_counted_once_and_observed_nowhere() -> None:
         metrics = server.metrics()
         assert metrics['octavo:refused_total{model_name="org/fake",reason="queue_full"}'] == 3
         assert metrics[f"vllm:e2e_request_latency_seconds_count{LABEL}"] == 0
-        assert not any(name.startswith("vllm:request_success") for name in metrics)
+        ended = [metrics[name] for name in metrics if name.startswith("vllm:request_success_total")]
+        assert ended
+        assert not any(ended)
         assert not server.service.metrics._live
         engine.error = None
         server.complete(max_tokens=2)

@@ -3,10 +3,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 
 import pytest
 
@@ -28,9 +31,31 @@ def test_models(server: Running) -> None:
 
 
 def test_served_name_replaces_the_checkpoints() -> None:
-    with running(served_model_name="mine") as server:
+    with running(served_model_name=("mine",)) as server:
         assert server.complete(model="mine", max_tokens=1)["model"] == "mine"
         assert server.post("/v1/completions", {"prompt": "x", "model": MODEL}).status_code == 404
+
+
+def test_a_model_may_be_served_under_several_names() -> None:
+    messages = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    with running(served_model_name=("gpt-4o", "org/own", "gpt-4o")) as server:
+        listed = server.get("/v1/models").json()["data"]
+        assert [model["id"] for model in listed] == ["gpt-4o", "org/own"]
+        for model in listed:
+            name = model["id"]
+            assert server.get(f"/v1/models/{name}").json() == model
+            assert server.complete(model=name, max_tokens=1)["model"] == name
+            assert server.post("/v1/chat/completions", {**messages, "model": name}).json()["model"] == name
+            streamed = server.post("/v1/chat/completions", {**messages, "model": name, "stream": True}).text
+            chunks = [line for line in streamed.splitlines() if line.startswith("data: {")]
+            assert {json.loads(line[6:])["model"] for line in chunks} == {name}
+            assert server.post("/tokenize", {"prompt": "x", "model": name}).status_code == 200
+        assert server.complete(max_tokens=1)["model"] == "gpt-4o"
+        for unknown in (MODEL, "", "gpt-4o,org/own"):
+            refused = server.post("/v1/completions", {"prompt": "x", "model": unknown})
+            assert refused.status_code == 404
+            assert check_envelope(refused.json())["param"] == "model"
+        assert all('model_name="gpt-4o"' in name for name in server.metrics() if name.startswith("vllm:"))
 
 
 def test_tokenize_and_back(server: Running) -> None:
@@ -73,6 +98,137 @@ def test_version_and_docs(server: Running) -> None:
         assert name in schemas
     references = [part.split('"')[0] for part in json.dumps(document).split("#/components/schemas/")[1:]]
     assert set(references) <= set(schemas)
+
+
+@pytest.fixture(scope="module")
+def with_admin_key() -> Iterator[Running]:
+    with running(admin_key="k") as server:
+        yield server
+
+
+KEY = {"authorization": "Bearer k"}
+GETS = [
+    *("/v1/models", f"/v1/models/{MODEL}", "/tokenizer_info", "/live", "/health", "/ping", "/version"),
+    *("/metrics", "/docs", "/docs/assets/swagger-ui.css", "/openapi.json", "/debug/scheduler"),
+]
+POSTS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/ping"]
+
+
+def test_the_lists_of_routes_are_whole(server: Running) -> None:
+    paths = server.get("/openapi.json").json()["paths"]
+    found = {method: {path for path in paths if method in paths[path]} for method in ("get", "post")}
+    assert found["get"] <= {*GETS, "/v1/models/{model_id}"}
+    assert found["post"] <= set(POSTS)
+
+
+@pytest.mark.parametrize("path", [*GETS, "/", "/nowhere", "/v1/models/unknown"])
+def test_head_is_answered_as_get_without_a_body(with_admin_key: Running, path: str) -> None:
+    expected = with_admin_key.get(path, headers=KEY)
+    assert expected.status_code == (200 if path in GETS else 404)
+    host, _, port = with_admin_key.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"HEAD {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\nconnection: close\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    status, _, rest = answer.decode().partition("\r\n")
+    assert status.split()[1] == str(expected.status_code)
+    assert rest.endswith("\r\n\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in rest.strip().split("\r\n"))
+    assert headers["content-type"] == expected.headers["content-type"].lower()
+    if path not in ("/metrics", "/debug/scheduler"):  # whose numbers change
+        assert headers["content-length"] == expected.headers["content-length"]
+
+
+@pytest.mark.parametrize("path", [path for path in POSTS if path != "/ping"])
+def test_a_route_that_only_takes_post_says_so_to_head(server: Running, path: str) -> None:
+    with server.client() as client:
+        refused = client.head(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+        assert client.put("/live").headers["allow"] == "GET, HEAD"
+
+
+def test_a_head_is_counted_as_one_under_its_route() -> None:
+    with running() as server, server.client() as client:
+        client.head("/live/")
+        assert server.metrics()['http_requests_total{handler="/live",method="HEAD",status="200"}'] == 1
+
+
+@pytest.mark.parametrize("end", ["/", "//"])
+def test_slashes_at_the_end_of_a_path_mean_nothing(with_admin_key: Running, end: str) -> None:
+    """GET /v1/models/ spoke of a model without a name."""
+    for path in GETS:
+        answer = with_admin_key.get(path + end, headers=KEY)
+        assert answer.status_code == 200, path
+        if path not in ("/metrics", "/debug/scheduler"):
+            assert answer.text == with_admin_key.get(path, headers=KEY).text
+    for path in POSTS:
+        answers = [with_admin_key.post(each, {"prompt": "x", "tokens": []}) for each in (path, path + end)]
+        assert answers[0].status_code == answers[1].status_code != 404, path
+    for path in ("/nowhere", "/v1", ""):
+        refused = with_admin_key.get(path + end)
+        assert refused.status_code == 404
+        assert check_envelope(refused.json())["code"] == "unknown_route"
+
+
+def test_ping_is_health() -> None:
+    with running(start_engine=False) as server:
+        for ping in (server.get("/ping"), server.post("/ping", {})):
+            assert (ping.status_code, ping.json()) == (503, server.get("/health").json())
+    with running() as server:
+        for ping in (server.get("/ping"), server.post("/ping", {})):
+            assert (ping.status_code, ping.json()) == (200, server.get("/health").json())
+
+
+def test_tokenizer_info_has_what_a_remote_tokeniser_reads(server: Running) -> None:
+    assert server.get("/tokenizer_info").json() == {
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "pad_token": None,
+        "unk_token": None,
+        "add_bos_token": False,
+        "chat_template": "{# role: content #}",
+        "model_max_length": 256,
+        "vocab_size": 258,
+    }
+
+
+class References(HTMLParser):
+    """What a page would have fetched, and its scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+        self.scripts = ""
+        self._in_script = False
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.urls += [value for name, value in attrs if name in ("src", "href", "action") and value]
+        self._in_script = tag == "script"
+
+    def handle_data(self, data: str) -> None:
+        self.scripts += data if self._in_script else ""
+
+
+def test_docs_need_no_other_host(server: Running) -> None:
+    page = server.get("/docs").text
+    found = References(page)
+    quoted = re.findall(r"""["']([a-z]*:?//[^"']*|/[^"']*)["']""", found.scripts)
+    assert "/openapi.json" in quoted
+    assert '"validatorUrl": null' in found.scripts
+    assert len(found.urls) >= 3
+    for url in [*found.urls, *quoted]:
+        assert url.startswith("/"), url
+        assert not url.startswith("//"), url
+        answer = server.get(url)
+        assert answer.status_code == 200, url
+        kind = answer.headers["content-type"]
+        if kind.startswith("text/css"):
+            outward = re.findall(r"""@import|url\((?!["']?data:)""", answer.text)
+            assert not outward
+    kinds = {url.rpartition(".")[2]: server.get(url).headers["content-type"] for url in found.urls}
+    assert kinds["css"].startswith("text/css")
+    assert "javascript" in kinds["js"]
 
 
 def test_the_server_never_imports_torch() -> None:

@@ -18,6 +18,7 @@ PATHS = [
     "/v1/chat/completions",
     "/tokenize",
     "/detokenize",
+    "/tokenizer_info",
     "/v1/models/{model_id}",
     "/debug/scheduler",
 ]

@@ -127,7 +127,7 @@ def test_sigterm_drains_and_exits_0() -> None:
         client = threading.Thread(target=run)
         client.start()
         while "vllm:num_requests_running" in (page := httpx.get(f"{url}/metrics").text):
-            if 'vllm:num_requests_running{model_name="org/fake"} 1.0' in page:
+            if 'vllm:num_requests_running{engine="0",model_name="org/fake"} 1.0' in page:
                 break
         server.popen.send_signal(signal.SIGTERM)
         server.next_event("draining")
