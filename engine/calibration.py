@@ -151,8 +151,8 @@ class _StepStopwatch:
         self._wait()
         begun = time.perf_counter()
         try:
-            batch = self.batches.build(StepPlan(0, pieces))
-            sample(self.model.forward(batch.rows, self.storage), places)
+            rows = self.batches.build(StepPlan(0, pieces))
+            sample(self.model.forward(rows, self.storage), places)
             self._wait()
         finally:
             for piece in pieces:
