@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from engine.sampling.places import Place
 
-PIECE_BYTES: Final = 64 << 20  # of float32 logits that are worked on at a time; there are several copies
+PIECE_BYTES: Final = 32 << 20  # of float32 logits that are worked on at a time; there are several copies
 
 __all__ = ["NOT_FINITE", "PIECE_BYTES", "Drawn", "RowError", "logprobs_of", "rows_of_piece", "sample"]
 
