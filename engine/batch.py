@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -23,14 +22,6 @@ if TYPE_CHECKING:
     from engine.kv_storage import KVStorage
     from engine.models.config import TransformerConfig
     from scheduler.plan import Slice, StepPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """`first_logits[i]` is where the logits of slice i begin; it has `slices[i].num_logits` of them."""
-
-    rows: Rows
-    first_logits: tuple[int, ...]
 
 
 class BatchBuilder:
@@ -67,7 +58,8 @@ class BatchBuilder:
         if row is not None:
             self._free_rows.append(row)
 
-    def build(self, plan: StepPlan) -> Batch:
+    def build(self, plan: StepPlan) -> Rows:
+        """What a plan's slices are computed from. Doing it again changes nothing."""
         slices = plan.slices
         rows_of_tables = [self._extended_table(piece) for piece in slices]
         counts = np.array([len(piece.tokens) for piece in slices], dtype=np.int64)
@@ -93,7 +85,7 @@ class BatchBuilder:
             tables.append(
                 SliceTable(first_rows, counts, lengths, table, seen_from, ends, shown, self.page_size)
             )
-        rows = Rows(
+        return Rows(
             tokens=self._padded(list(chain.from_iterable(piece.tokens for piece in slices))),
             positions=self._padded(positions.tolist()),
             num_rows=len(owner),
@@ -102,11 +94,12 @@ class BatchBuilder:
                 self.ops.plan_attention(table, config.num_heads, config.num_kv_heads, self.device)
                 for table in tables
             ),
-            wanted=self._tensor(_wanted_rows(slices, first_rows)),
+            wanted=self.row_index(_wanted_rows(slices, first_rows)),
         )
-        wanted_counts = [piece.num_logits for piece in slices]
-        first_logits = tuple(int(first) for first in np.cumsum(wanted_counts) - wanted_counts)
-        return Batch(rows, first_logits)
+
+    def row_index(self, rows: list[int]) -> torch.Tensor:
+        """Rows of a batch as the model takes them."""
+        return self._tensor(np.array(rows, dtype=np.int64))
 
     def move(self, storage: KVStorage, moves: SequenceOf[tuple[int, int, tuple[int, ...]]]) -> None:
         """Of each sequence (its id, the slot where its window begins, the window's tokens that stay, in
@@ -125,7 +118,7 @@ class BatchBuilder:
         """The KV of these slices, in every layer, becomes zero."""
         for piece in pieces:
             slots = np.arange(piece.start, piece.start + len(piece.tokens))
-            storage.clear_slots(self._cells(np.full_like(slots, self._row_of[piece.seq_id]), slots))
+            storage.clear_slots(self._cells(np.full_like(slots, self._extended_table(piece)), slots))
 
     def _cells(self, tables: NDArray[np.int64], slots: NDArray[np.int64]) -> torch.Tensor:
         """Slots of sequences -> flat rows in [num_pages, Hkv, page_size], those of every group and head."""
@@ -172,12 +165,12 @@ class BatchBuilder:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def _wanted_rows(slices: tuple[Slice, ...], first_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _wanted_rows(slices: tuple[Slice, ...], first_rows: NDArray[np.int64]) -> list[int]:
     wanted: list[int] = []
     for piece, first in zip(slices, first_rows.tolist(), strict=True):
         end = first + len(piece.tokens)
         wanted.extend(range(end - piece.num_logits, end))
-    return np.array(wanted, dtype=np.int64)
+    return wanted
 
 
 def _starts(group: KVGroup, positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -32,6 +32,7 @@ from engine.models.transformer import Transformer
 from engine.runner import Runner
 from engine.sizing import EngineConfigError
 from engine.state import LengthsFile, state_folder
+from engine.step_memory import asked_bytes, counted_bytes, take_bytes
 from engine.tiers.copier import Copier
 from engine.tiers.disk import open_disk_file
 from engine.tiers.host import HostPool
@@ -93,14 +94,16 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     ops = pick(device)
     model = Transformer(shape, weights, ops)
     watch.lap("build model")
-    settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len)
+    step_bytes = _step_bytes(config, model, dtype, device, max_model_len)
+    promised_bytes = step_bytes + sum(one.size_bytes for one in found)
+    settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len, promised_bytes)
     # An explicit number of pages may hold less than the model's context: then that is the context.
     spans = kv_spans(shape, settings.page_size)
     max_model_len = spans.longest(settings.num_pages, settings.max_num_batched_tokens, max_model_len)
     storage = KVStorage(
         shape, settings.num_pages, settings.page_size, dtype, device, num_scratch_pages(shape)
     )
-    settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint)
+    settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint, step_bytes)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
     watch.lap("lay out pages")
     costs = _costs(config, settings, checkpoint, model, storage, batches, copier)
@@ -110,7 +113,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
     )
     runner = Runner(model, storage, batches, scheduler)
-    drafters = _drafters(found, settings, Surroundings.of(runner, checkpoint))
+    drafters = _drafters(found, settings, Surroundings.of(runner, checkpoint), step_bytes)
     watch.lap("load drafters")
     overlap = _overlap(config, drafters, device)
     core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters, overlap)
@@ -134,11 +137,23 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     return BuiltEngine(core, ready, lengths)
 
 
+def _step_bytes(
+    config: EngineConfig, model: Transformer, dtype: torch.dtype, device: torch.device, max_model_len: int
+) -> int:
+    """-> what steps will take of what is free; the largest one on a GPU has taken its part already"""
+    asked = asked_bytes(model.config, config.scheduler)
+    if device.type == "cpu":
+        return asked + counted_bytes(model.config, dtype.itemsize, config.scheduler)
+    taken = take_bytes(model, dtype, device, config.scheduler, max_model_len)
+    logger.info("the largest step takes %.2f GB beside weights and KV pages", taken / 1e9)
+    return asked
+
+
 def _drafters(
-    found: tuple[Found, ...], settings: SchedulerConfig, around: Surroundings
+    found: tuple[Found, ...], settings: SchedulerConfig, around: Surroundings, step_bytes: int
 ) -> dict[str, Drafter]:
     """Those beside the light ones, by name."""
-    free = sizing.free_bytes(around.device)
+    free = sizing.free_bytes(around.device) - step_bytes
     if around.device.type == "cpu":  # promised, though not touched yet
         free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
     drafters: dict[str, Drafter] = {SKIPPED_LAYERS: SkippedLayers(around)}
@@ -166,7 +181,11 @@ def _check_drafter(config: EngineConfig, names: tuple[str, ...]) -> None:
 
 
 def _lower_tiers(
-    config: EngineConfig, settings: SchedulerConfig, storage: KVStorage, checkpoint: Checkpoint
+    config: EngineConfig,
+    settings: SchedulerConfig,
+    storage: KVStorage,
+    checkpoint: Checkpoint,
+    step_bytes: int = 0,
 ) -> tuple[SchedulerConfig, Copier | None, dict[bytes, int]]:
     """Host and disk pages as configured -> settings with their numbers, who copies, what the disk holds."""
     host_pages = settings.host_pages or config.host_cache_bytes // storage.page_bytes
@@ -178,7 +197,7 @@ def _lower_tiers(
                 f"{storage.page_bytes}"
             )
         return replace(settings, host_pages=0, disk_pages=0), None, {}
-    free = sizing.free_bytes(torch.device("cpu"))
+    free = sizing.free_bytes(torch.device("cpu")) - step_bytes
     if storage.pages.device.type == "cpu":
         free -= settings.num_pages * storage.page_bytes  # promised, though not touched yet
     if host_pages * storage.page_bytes > free:

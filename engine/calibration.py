@@ -74,7 +74,7 @@ def calibrate(
     on_cpu = batches.device.type == "cpu"
     if budget_s is None:
         budget_s = CPU_BUDGET_S if on_cpu else DEVICE_BUDGET_S
-    stopwatch = _StepStopwatch(model, storage, batches, CPU_PAGES if on_cpu else DEVICE_PAGES)
+    stopwatch = StepStopwatch(model, storage, batches, CPU_PAGES if on_cpu else DEVICE_PAGES)
     probes = probe_steps(max_num_seqs, max_num_batched_tokens, batches.max_slots)
     fastest: dict[Slices, float] = {}
     try:
@@ -133,7 +133,7 @@ def _calibration(samples: list[Sample], seconds: float) -> Calibration:
     return Calibration(costs, len(samples), seconds, usual_error, steady)
 
 
-class _StepStopwatch:
+class StepStopwatch:
     """Computes made-up slices over the first pages of a pool that nobody uses yet."""
 
     def __init__(self, model: Transformer, storage: KVStorage, batches: BatchBuilder, max_pages: int) -> None:
@@ -151,8 +151,8 @@ class _StepStopwatch:
         self._wait()
         begun = time.perf_counter()
         try:
-            batch = self.batches.build(StepPlan(0, pieces))
-            sample(self.model.forward(batch.rows, self.storage), places)
+            rows = self.batches.build(StepPlan(0, pieces))
+            sample(self.model.forward(rows, self.storage), places)
             self._wait()
         finally:
             for piece in pieces:

@@ -7,6 +7,7 @@ import time
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from engine.bisection import Bisected, Fault, bisect
 from engine.decoding import METHODS
 from engine.drafting import AUTO, light_drafters
 from engine.drafting.costs import DraftCosts
@@ -14,6 +15,7 @@ from engine.drafting.speculation import Speculation
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
 from engine.runner import Outcome, Runner
 from engine.step_times import StepTimes
+from engine.tiers.rare_warnings import RareWarnings
 from scheduler.plan import Advance, Progress, Slice, StepPlan
 from scheduler.refusal import RefusalReason, RequestRefused
 from scheduler.types import FinishReason, Request
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("octavo.engine")
 
-MAX_FAILED_STEPS = 3  # in a row, before the engine gives up and is started again
+MAX_FAILED_STEPS = 3  # in a row, of which nothing could be computed, before the engine must prove itself
 
 
 class EngineCore:
@@ -61,6 +63,7 @@ class EngineCore:
         runner.taps = self.speculation.taps
         self._early: list[SequenceOutput] = []  # what happened between steps
         self._failed_steps = 0
+        self._warnings = RareWarnings()
         self._waits_for_copies = False
 
     @property
@@ -161,23 +164,60 @@ class EngineCore:
         return max(0, end - sequence.num_reached)
 
     def _execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
-        """A step that raises ends its own sequences with an error; everyone else goes on."""
-        try:
-            with self.speculation.ahead(plan):
-                begun_s = time.perf_counter()
-                outcomes = self.runner.execute(plan)
-                seconds = time.perf_counter() - begun_s
+        """Whoever raises, computed alone, ends with an error; everyone else goes on. Raises where the engine
+        itself is at fault: then nobody is to blame, and all begin anew."""
+        with self.speculation.ahead(plan):
+            begun_s = time.perf_counter()
+            found, first = bisected = bisect(plan, self.runner.execute)
+            seconds = time.perf_counter() - begun_s
+        if first is None:
             self.step_times.note(plan, seconds)
             self.speculation.costs.note(plan, seconds)
+        else:
+            self._note_faults(plan, bisected, seconds)
+        self._failed_steps = self._failed_steps + 1 if bisected.is_lost else 0
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            self.runner.prove()
             self._failed_steps = 0
-        except Exception as failure:
-            self._failed_steps += 1
-            if self._failed_steps >= MAX_FAILED_STEPS:
-                raise
-            logger.exception("step %d failed", plan.step)
-            cause = f"the engine could not compute this step: {type(failure).__name__}"
-            return tuple(Outcome(Advance(piece.seq_id, (), 0, error=cause)) for piece in plan.slices)
-        return outcomes
+        pieces = zip(plan.slices, found, strict=True)
+        return tuple(self._blamed(piece, one) if isinstance(one, Fault) else one for piece, one in pieces)
+
+    def _note_faults(self, plan: StepPlan, bisected: Bisected, seconds: float) -> None:
+        """In the log. Raises where the device is lost."""
+        assert bisected.first is not None
+        if bisected.is_lost:
+            self.runner.check_device()
+        culprits = [
+            self.scheduler.sequence(piece.seq_id)
+            for piece, one in zip(plan.slices, bisected.found, strict=True)
+            if isinstance(one, Fault)
+        ]
+        if culprits:
+            names = ", ".join(f"request={one.request.request_id} choice={one.index}" for one in culprits)
+            logger.error("step %d failed by %s: %s", plan.step, names, bisected.first.report)
+            return
+        self._warnings.warn(
+            bisected.first.cause,
+            "step %d of %d tokens was computed in parts, in %.2f s, as it raised %s: where memory is what it "
+            "lacks, lower max_num_batched_tokens or kv_cache_bytes",
+            plan.step,
+            plan.num_tokens,
+            seconds,
+            bisected.first.cause,
+        )
+
+    def _blamed(self, piece: Slice, fault: Fault) -> Outcome:
+        """Guesses may be the cause, where plain decoding never comes: then it is computed without them."""
+        guesses = bool(piece.num_window) and self.scheduler.sequence(piece.seq_id).window.optional
+        try:
+            self.runner.spoil([piece] if guesses else [])
+        except Exception:
+            logger.exception("what a slice has written cannot be cleared")
+        else:
+            if guesses:
+                return Outcome(Advance(piece.seq_id, (), 0, spoiled=True))
+        cause = f"the engine could not compute this step: {fault.cause}"
+        return Outcome(Advance(piece.seq_id, (), 0, error=cause))
 
     def _collect(
         self,

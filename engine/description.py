@@ -90,6 +90,7 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
     import torch
 
     from engine import sizing
+    from engine.step_memory import asked_bytes, counted_bytes
     from engine.weights.loader import check_weights
 
     try:
@@ -101,9 +102,13 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
         checkpoint = replace(checkpoint, transformer=shape, adapter=adapter)
         free = sizing.free_bytes(device)
         stored_as, weight_bytes = check_weights(checkpoint, dtype, device, free)
-        kv_bytes = config.kv_cache_bytes or int((free - weight_bytes) * sizing.memory_share(device))
+        step_bytes = asked_bytes(shape, config.scheduler)
+        step_bytes += counted_bytes(shape, dtype.itemsize, config.scheduler)
+        left = free - weight_bytes
+        fitting = min(int(left * sizing.memory_share(device)), left - step_bytes)
+        kv_bytes = config.kv_cache_bytes or max(1, fitting)
         settings = sizing.with_pages(
-            replace(config, kv_cache_bytes=kv_bytes), checkpoint, dtype, device, max_model_len
+            replace(config, kv_cache_bytes=kv_bytes), checkpoint, dtype, device, max_model_len, step_bytes
         )
     except sizing.EngineConfigError as error:
         raise CheckpointError(str(error)) from None

@@ -60,8 +60,9 @@ class NoiseKeys:
         count = self.low.shape[0]
         # On a CPU a few rows at a time: the working set stays in the cache.
         together = max(1, _CHUNK // len(groups)) if self.low.device.type == "cpu" else count
-        pieces = [self._rows(begin, begin + together, groups) for begin in range(0, count, together)]
-        return _gumbel(torch.cat(pieces)[:, :size])
+        begins = range(0, count, together)
+        pieces = [_gumbel(self._rows(begin, begin + together, groups)[:, :size]) for begin in begins]
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _rows(self, begin: int, end: int, groups: torch.Tensor) -> torch.Tensor:
         """-> int64 [rows, 4 * groups], the words of rows begin .. end"""

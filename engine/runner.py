@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from engine.batch import BatchBuilder
 from engine.decoding import Decision, DecodingMethod, Draws, method_of
 from engine.sampling.masks import unmasked
 from engine.sampling.places import Place
 from engine.sampling.processors import LogitsProcessor, needs_processing
-from engine.sampling.sampler import NOT_FINITE, Drawn, logprobs_of, sample
+from engine.sampling.sampler import NOT_FINITE, Drawn, logprobs_of, rows_of_piece, sample
 from scheduler.plan import Advance, Slice, StepPlan
 from scheduler.types import EMPTY_WINDOW, Sequence, Window
 
 if TYPE_CHECKING:
-    from engine.batch import BatchBuilder
+    from collections.abc import Sequence as SequenceOf
+
     from engine.kv_storage import KVStorage
     from engine.messages import TokenLogprobs
     from engine.models.transformer import Transformer
@@ -43,14 +46,25 @@ class Outcome(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """One slice, its rows of the batch and of the step's logits."""
+    """One slice, and its rows of the batch."""
 
     piece: Slice
     sequence: Sequence
-    first: int  # its first row in the logits
+    first: int  # of its rows whose logits are wanted
     features: tuple[torch.Tensor, ...]
     num_scored: int = 0  # leading rows that score known prompt tokens
     places: tuple[Place, ...] = ()  # rows after them, to be sampled
+
+    @property
+    def sampled_rows(self) -> range:
+        begin = self.first + self.num_scored
+        return range(begin, begin + len(self.places))
+
+    @property
+    def scored_rows(self) -> range:
+        """Those whose scores somebody wants."""
+        wanted = self.sequence.request.sampling.prompt_logprobs is not None
+        return range(self.first, self.first + (self.num_scored if wanted else 0))
 
 
 class Runner:
@@ -94,25 +108,52 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
+        """Where it raises, nothing has changed that the same slices, executed again together or apart, do not
+        write again: page tables, their slots, the counts of processors."""
         if self.storage.tainted and (pages := self._fresh_pages(plan)):
             self.storage.clear(pages)
         batch = self.batches.build(plan)
-        hidden, tapped = self.model.compute(batch.rows, self.storage, self.taps)
-        logits = self.model.logits(hidden, batch.rows.wanted)
-        works = self._works(plan, batch.first_logits, tapped)
-        places = [place for work in works for place in work.places]
-        rows = [row for work in works for row in _sampled_rows(work)]
-        chosen_logits = logits if len(rows) == len(logits) else logits[rows]
-        drawn = sample(chosen_logits, places) if rows else Drawn([], {})
+        hidden, tapped = self.model.compute(batch, self.storage, self.taps)
+        works = self._works(plan, tapped)
+        scores = self._prompt_scores(works, hidden)
+        rows = [row for work in works for row in work.sampled_rows]
+        logits, drawn = torch.empty(0), Drawn([], {})
+        if rows:
+            wanted = batch.wanted if len(rows) == len(batch.wanted) else self.batches.row_index(rows)
+            logits = self.model.logits(hidden, wanted)
+            drawn = sample(logits, [place for work in works for place in work.places])
         outcomes = []
         used = 0
         for work in works:
-            outcomes.append(self._outcome(work, logits, drawn, used))
+            scored = tuple(scores[work.piece.seq_id]) if work.scored_rows else None
+            outcomes.append(self._outcome(work, scored, logits, drawn, used))
             used += len(work.places)
         self._gather_kept(plan, outcomes)
         pieces = zip(plan.slices, outcomes, strict=True)
         self.batches.clear(self.storage, [piece for piece, outcome in pieces if outcome.advance.spoiled])
         return tuple(outcomes)
+
+    def spoil(self, pieces: SequenceOf[Slice]) -> None:
+        """After slices have raised: what they have written must not be met again. Pages are cleared when
+        somebody gets them; `pieces` are those of sequences that go on, and keep theirs."""
+        self.storage.tainted = True
+        self.batches.clear(self.storage, pieces)
+
+    def check_device(self) -> None:
+        """Raises where the device computes nothing any more: some errors take all of it with them."""
+        torch.ones(1, device=self.batches.device).add_(1).item()
+
+    @torch.inference_mode()
+    def prove(self) -> None:
+        """Computes a made-up prompt over pages of nobody; raises where that fails as well."""
+        batches, pages = self.batches, tuple(self.storage.scratch)
+        room = len(pages) // len(batches.groups) * batches.page_size
+        count = min(room, batches.max_slots, self.scheduler.config.max_num_batched_tokens)
+        piece = Slice(0, 0, (0,) * count, range(count), 0, pages, num_logits=1)
+        alone = BatchBuilder(
+            self.model.config, batches.ops, batches.page_size, max(room, 1), 1, batches.device
+        )
+        self.model.forward(alone.build(StepPlan(0, (piece,))), self.storage).sum().item()
 
     def _gather_kept(self, plan: StepPlan, outcomes: list[Outcome]) -> None:
         """A path through a tree lies in scattered slots: its KV moves to where it is looked for."""
@@ -134,13 +175,12 @@ class Runner:
             if entry // num_groups * size >= piece.start
         ]
 
-    def _works(
-        self, plan: StepPlan, first_logits: tuple[int, ...], tapped: tuple[torch.Tensor, ...]
-    ) -> list[_Work]:
+    def _works(self, plan: StepPlan, tapped: tuple[torch.Tensor, ...]) -> list[_Work]:
         works, row = [], 0
-        for piece, first in zip(plan.slices, first_logits, strict=True):
+        for piece in plan.slices:
             end = row + len(piece.tokens)
-            works.append(self._work(piece, first, tuple(tap[row:end] for tap in tapped)))
+            features = tuple(tap[row:end] for tap in tapped)
+            works.append(self._work(piece, end - piece.num_logits, features))
             row = end
         return works
 
@@ -159,9 +199,16 @@ class Runner:
             places = _where_drafts_stand(places, sequence.window)
         return _Work(piece, sequence, first, features, piece.num_logits - len(places), places)
 
-    def _outcome(self, work: _Work, logits: torch.Tensor, drawn: Drawn, used: int) -> Outcome:
+    def _outcome(
+        self,
+        work: _Work,
+        scored: tuple[TokenLogprobs, ...] | None,
+        logits: torch.Tensor,
+        drawn: Drawn,
+        used: int,
+    ) -> Outcome:
+        """`used`: rows that were sampled of the slices before this one."""
         piece, sequence = work.piece, work.sequence
-        scored = self._score_prompt(work, logits)
         known = len(piece.tokens) - piece.num_window
         if not work.places:
             advance = Advance(piece.seq_id, (), known, sequence.window)
@@ -182,7 +229,7 @@ class Runner:
             len(tokens) > piece.num_window,
             tokens,
             logits,
-            work.first + work.num_scored,
+            used,
             work.places,
             frozenset(errors),
         )
@@ -216,15 +263,30 @@ class Runner:
         after = len(sequence.tokens) + len(decision.committed) + len(decision.window.tokens)
         return decision.window if after <= self.batches.max_slots else EMPTY_WINDOW
 
-    def _score_prompt(self, work: _Work, logits: torch.Tensor) -> tuple[TokenLogprobs, ...] | None:
-        """Row of slot s scores prompt token s + 1."""
-        count = work.sequence.request.sampling.prompt_logprobs
-        if not work.num_scored or count is None:
-            return None
-        piece = work.piece
-        first_slot = piece.start + len(piece.tokens) - piece.num_logits
-        targets = work.sequence.tokens[first_slot + 1 : first_slot + 1 + work.num_scored]
-        return tuple(logprobs_of(logits[work.first : work.first + work.num_scored], targets, count))
+    def _prompt_scores(self, works: list[_Work], hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        """By sequence. In pieces: the logits of a long prompt are gigabytes."""
+        asked = [(work, row) for work in works for row in work.scored_rows]
+        scores: dict[int, list[TokenLogprobs]] = {work.piece.seq_id: [] for work, _ in asked}
+        together = rows_of_piece(self.model.config.vocab_size)
+        for begin in range(0, len(asked), together):
+            piece = asked[begin : begin + together]
+            logits = self.model.logits(hidden, self.batches.row_index([row for _, row in piece]))
+            first = 0
+            for work, its in groupby(piece, key=lambda one: one[0]):
+                targets = [_known_after(work, row) for _, row in its]
+                count = work.sequence.request.sampling.prompt_logprobs
+                assert count is not None, "nobody asked for these scores"
+                part = logits[first : first + len(targets)]
+                scores[work.piece.seq_id] += logprobs_of(part, targets, count)
+                first += len(targets)
+        return scores
+
+
+def _known_after(work: _Work, row: int) -> int:
+    """The token behind a row: that of slot s scores prompt token s + 1."""
+    piece = work.piece
+    first_slot = piece.start + len(piece.tokens) - piece.num_logits
+    return work.sequence.tokens[first_slot + 1 + row - work.first]
 
 
 def _paths(window: Window) -> list[tuple[int, ...]]:
@@ -242,11 +304,6 @@ def _where_drafts_stand(places: tuple[Place, ...], window: Window) -> tuple[Plac
     root, *rest = places
     behind = zip(rest, window.parents, strict=True)
     return (root, *(place._replace(after=node - parent) for node, (place, parent) in enumerate(behind)))
-
-
-def _sampled_rows(work: _Work) -> range:
-    begin = work.first + work.num_scored
-    return range(begin, begin + len(work.places))
 
 
 def _logprobs(sequence: Sequence, draws: Draws, decision: Decision) -> tuple[TokenLogprobs, ...] | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scheduler.config import SchedulerConfig
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
-GPU_MEMORY_SHARE = 0.8
+GPU_MEMORY_SHARE = 0.9  # .. after the largest step has taken what it needs; not all comes back in one piece
 
 
 class EngineConfigError(Exception):
@@ -60,25 +60,33 @@ def served_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
 
 
 def with_pages(
-    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    promised_bytes: int,
 ) -> SchedulerConfig:
-    """The scheduler's settings with its number of pages, once the weights are loaded. Raises
-    EngineConfigError, with the numbers and the way out, where they do not hold one whole sequence."""
+    """The scheduler's settings with its number of pages, once the weights are loaded. `promised_bytes` of
+    what is free now are for others. Raises EngineConfigError, with the numbers and the way out, where the
+    pages do not hold one whole sequence."""
     settings, shape = config.scheduler, checkpoint.transformer
     page_bytes = page_values(shape, settings.page_size) * dtype.itemsize
     num_pages, chunk = settings.num_pages, settings.max_num_batched_tokens
     spans = kv_spans(shape, settings.page_size)
     needed = spans.most_pages(max_model_len, chunk)
-    free = free_bytes(device)
+    step_settings = f"max_num_batched_tokens = {chunk} or max_num_seqs = {settings.max_num_seqs}"
+    found = free_bytes(device)
+    free = max(0, found - promised_bytes)
     if not num_pages:
-        fitting = (config.kv_cache_bytes or int(free * memory_share(device))) // page_bytes
+        fitting = (config.kv_cache_bytes or min(int(found * memory_share(device)), free)) // page_bytes
         num_pages = min(settings.max_num_seqs * needed, fitting)
     fit = spans.longest(num_pages, chunk, max_model_len)
     if fit < max_model_len and not settings.num_pages:
         raise EngineConfigError(
             f"KV pages for {fit} tokens fit, one sequence of max_model_len = "
-            f"{max_model_len} needs {needed * page_bytes} bytes of {free} free: lower max_model_len or "
-            f"raise kv_cache_bytes"
+            f"{max_model_len} needs {needed * page_bytes} bytes of {free} free beside the largest step: "
+            f"lower max_model_len or {step_settings}, or raise kv_cache_bytes"
         )
     if config.max_model_len > fit:
         raise EngineConfigError(
@@ -91,8 +99,8 @@ def with_pages(
         )
     if num_pages * page_bytes > free:
         raise EngineConfigError(
-            f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free: lower num_pages or "
-            f"kv_cache_bytes"
+            f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free beside the largest "
+            f"step: lower num_pages, kv_cache_bytes or {step_settings}"
         )
     # The server refuses what is too much, in sequences; here is a backstop that it never reaches.
     backstop = settings.max_queued_requests + settings.max_num_seqs

@@ -10,7 +10,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 MAX_LENGTH = 131072  # longer ones share the last bin
 HALF_LIFE = 4000.0  # observations
@@ -47,17 +52,28 @@ PRIOR = _make_prior()
 """What is believed before anything was seen; no bin is impossible."""
 
 
+_NOTHING = array("d", [0.0]) * len(EDGES)
+
+
 class Histogram:
     """Instead of shrinking all old counts, each observation weighs a little more than the one before."""
 
     __slots__ = ("_cut", "_ended", "_unit", "num_seen")
 
-    def __init__(self, ended: list[float] | None = None, cut: list[float] | None = None) -> None:
+    def __init__(self, ended: Iterable[float] = _NOTHING, cut: Iterable[float] = _NOTHING) -> None:
         """The counts are per bin of `EDGES`, in units of the newest observation."""
-        self._ended = ended or [0.0] * len(EDGES)  # by the bin of the length
-        self._cut = cut or [0.0] * len(EDGES)  # by the first bin that was not survived whole
+        self._ended = array("d", ended)  # by the bin of the length
+        self._cut = array("d", cut)  # by the first bin that was not survived whole
         self._unit = 1.0
         self.num_seen = round(self.weight)  # from here on not decayed
+
+    def copy(self) -> Histogram:
+        """As it is now. Hundreds are copied between two steps: arrays, as to copy a list takes ten times as
+        long."""
+        copied = Histogram.__new__(Histogram)
+        copied._ended, copied._cut = self._ended[:], self._cut[:]
+        copied._unit, copied.num_seen = self._unit, self.num_seen
+        return copied
 
     def add(self, num_output: int, natural: bool) -> None:
         """One that ended by itself after `num_output` tokens, or was cut there."""
@@ -68,7 +84,7 @@ class Histogram:
         else:
             self._add_cut(num_output)
         if self._unit > _LARGEST_UNIT:
-            self._ended, self._cut = self.counts()
+            self._ended, self._cut = (array("d", counts) for counts in self.counts())
             self._unit = 1.0
 
     def _add_cut(self, num_output: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from scheduler.plan import SchedulerStats  # noqa: TC001 (msgspec reads the annotations)
@@ -12,6 +12,9 @@ from scheduler.types import SequenceState
 if TYPE_CHECKING:
     from scheduler.scheduler import Scheduler
     from scheduler.types import Sequence
+
+
+MAX_SEQUENCES = 1000  # described at a time: all others wait for the next step meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,17 @@ class Snapshot:
 
 
 def take_snapshot(scheduler: Scheduler, max_sequences: int) -> Snapshot:
-    tenants = islice(scheduler._tenants.active.values(), max_sequences)
+    """Of at most `max_sequences` (and `MAX_SEQUENCES`), those that run first, and of as many tenants."""
+    most = min(max_sequences, MAX_SEQUENCES)
+    running = scheduler._places.running
+    others = (one for seq_id, one in scheduler._sequences.items() if seq_id not in running)
+    tenants = islice(scheduler._tenants.active.values(), most)
+    now_s = scheduler._clock()
     return Snapshot(
         policy=scheduler.config.policy,
         stats=scheduler.stats(),
         sequences=tuple(
-            _view(scheduler, piece) for piece in islice(scheduler._sequences.values(), max_sequences)
+            _view(scheduler, one, now_s) for one in islice(chain(running.values(), others), most)
         ),
         tenants=tuple(
             TenantView(piece.name, piece.weight, piece.served_s, piece.num_live, piece.num_running)
@@ -73,8 +81,8 @@ def take_snapshot(scheduler: Scheduler, max_sequences: int) -> Snapshot:
     )
 
 
-def _view(scheduler: Scheduler, sequence: Sequence) -> SequenceView:
-    policy, now_s = scheduler._policy, scheduler._clock()
+def _view(scheduler: Scheduler, sequence: Sequence, now_s: float) -> SequenceView:
+    policy = scheduler._policy
     running = sequence.state is SequenceState.RUNNING
     head_start_s = None
     if policy.max_head_start_s != float("inf"):

@@ -31,7 +31,7 @@ class Draws(NamedTuple):
 
     after_last: bool
     tokens: tuple[int, ...]
-    step_logits: torch.Tensor  # float32 [R, V] of the whole step, beginning at ...
+    step_logits: torch.Tensor  # float32 [R, V] of all rows that were sampled, beginning at ...
     first_row: int
     places: tuple[Place, ...] = ()
     undrawn: frozenset[int] = frozenset()
@@ -58,7 +58,8 @@ class Decision(NamedTuple):
 
 class DecodingMethod(Protocol):
     def decide(self, sequence: Sequence, draws: Draws) -> Decision:
-        """`sequence` is as it was when the step was planned; it must not be changed."""
+        """`sequence` is as it was when the step was planned; it must not be changed. It may be asked again
+        with the same draws: a step that fails is computed anew, in parts."""
         ...
 
 

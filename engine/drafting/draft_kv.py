@@ -155,7 +155,7 @@ class DraftKV:
             held = self._held[piece.seq_id]
             slices.append(self._slice(piece, held))
             held.length = end
-        return self.batches.build(StepPlan(0, tuple(slices))).rows
+        return self.batches.build(StepPlan(0, tuple(slices)))
 
     def keep(self, paths: list[tuple[int, int, tuple[int, ...]]]) -> None:
         """paths: (seq_id, slot, nodes) of sequences that hold a tree from `slot` on. The nodes of these

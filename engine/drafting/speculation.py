@@ -214,12 +214,20 @@ class Speculation:
         if self.overlap is None or not drafting:
             yield
             return
-        self.overlap.start(drafting)
+        failed: dict[str, Exception] = {}
+        try:
+            self.overlap.start(drafting)
+        except Exception as error:  # no thread is left, say: that is nothing to the step
+            failed = dict.fromkeys(drafting, error)
         try:
             yield
         finally:
             done_s = time.perf_counter()
-            for name, failure in self.overlap.stop().items():
+            try:
+                failed |= self.overlap.stop()
+            except Exception as error:
+                failed |= dict.fromkeys(drafting, error)
+            for name, failure in failed.items():
                 self._give_up(name, failure)
             waited_s = time.perf_counter() - done_s
             self._waiting_s = {_source(name): waited_s / len(drafting) for name in drafting}

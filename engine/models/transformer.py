@@ -88,4 +88,4 @@ class Transformer:
         """What the head sees [T, hidden], T a multiple of `ops.row_multiple` -> float32 [T, vocab]."""
         logits = self.ops.linear(normed, self.head, None).float()
         cap = self.config.logit_soft_cap
-        return (logits / cap).tanh_().mul_(cap) if cap else logits
+        return logits.div_(cap).tanh_().mul_(cap) if cap else logits

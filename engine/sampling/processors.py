@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 BANNED = float("-inf")
 
 
+class MaskFailed(Exception):
+    """A request's mask has raised: what it asks cannot be kept."""
+
+
 class LogitsProcessor:
     """One sequence's, kept while it lives: what does not change is made once, counts grow with its tokens."""
 
@@ -30,9 +34,11 @@ class LogitsProcessor:
         self.mask = mask
         self._bias = torch.zeros(0)
         if params.logit_bias:
+            biases = dict(params.logit_bias)  # each token once: of equal ones a device may write any
             self._bias = torch.zeros(vocab_size, device=device)
-            for token, bias in params.logit_bias:
-                self._bias[token] = bias
+            self._bias[self._index(tuple(biases))] = torch.tensor(
+                tuple(biases.values()), dtype=torch.float32, device=device
+            )
         self._forbidden = torch.zeros(0, dtype=torch.bool)
         if params.allowed_token_ids is not None:
             self._forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
@@ -41,6 +47,7 @@ class LogitsProcessor:
         self._bad_words: dict[int | None, list[tuple[int, ...]]] = {}
         for word in params.bad_words:
             self._bad_words.setdefault(word[-2] if len(word) > 1 else None, []).append(word)
+        self._longest_bad_word = max(map(len, params.bad_words), default=0)
         self._counts = torch.zeros(0, dtype=torch.int64)
         self._seen = torch.zeros(0, dtype=torch.bool)
         self._num_counted = 0
@@ -62,7 +69,7 @@ class LogitsProcessor:
             banned.extend(self.params.stop_token_ids)
         if banned:
             logits[self._index(banned)] = BANNED
-        allowed = self.mask.allowed(drafted) if self.mask is not None else None
+        allowed = self._allowed(drafted)
         if allowed is not None:
             logits.masked_fill_(~allowed.to(self.device), BANNED)
 
@@ -71,8 +78,8 @@ class LogitsProcessor:
         several threads may."""
         new = self.sequence.tokens[self.sequence.prompt_len + self._num_counted :]
         if new and penalised(self.params):
-            self._num_counted += len(new)
             self._count(self._counts, self._seen, new)
+            self._num_counted += len(new)
 
     def _penalise(self, logits: torch.Tensor, drafted: tuple[int, ...]) -> None:
         self.catch_up()
@@ -91,13 +98,23 @@ class LogitsProcessor:
     def _count(self, counts: torch.Tensor, seen: torch.Tensor, tokens: list[int] | tuple[int, ...]) -> None:
         if tokens:
             index = self._index(tokens)
-            counts.index_add_(0, index, torch.ones_like(index))
+            ones = torch.ones_like(index)
             seen[index] = True
+            counts.index_add_(0, index, ones)  # last: where anything fails, nothing has been counted
+
+    def _allowed(self, drafted: tuple[int, ...]) -> torch.Tensor | None:
+        if self.mask is None:
+            return None
+        try:
+            return self.mask.allowed(drafted)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as failure:  # it is code of others
+            raise MaskFailed(str(failure)) from failure
 
     def _completing(self, drafted: tuple[int, ...]) -> list[int]:
         """Last tokens of the bad words whose beginnings the output ends with."""
-        longest = max(len(word) for words in self._bad_words.values() for word in words)
-        begin = max(self.sequence.prompt_len, len(self.sequence.tokens) - longest)
+        begin = max(self.sequence.prompt_len, len(self.sequence.tokens) - self._longest_bad_word)
         tail = (*self.sequence.tokens[begin:], *drafted)
         candidates = self._bad_words.get(None, []) + (self._bad_words.get(tail[-1], []) if tail else [])
         return [word[-1] for word in candidates if len(word) == 1 or tail[-len(word) + 1 :] == word[:-1]]

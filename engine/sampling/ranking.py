@@ -13,7 +13,7 @@ import torch
 from engine.noise import NoiseKeys
 from engine.sampling.largest import largest
 from engine.sampling.log_totals import log_totals
-from engine.sampling.processors import BANNED
+from engine.sampling.processors import BANNED, MaskFailed
 from engine.sampling.truncation import CANDIDATES, threshold, truncates, typical_mask
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _changed(logits: torch.Tensor, places: list[Place]) -> tuple[torch.Tensor, d
         assert processor is not None
         try:
             processor.apply(values[row], drafted)
-        except Exception as failure:  # a mask is code of others
+        except MaskFailed as failure:
             errors[row] = RowError(f"the sampling parameters cannot be applied: {failure}", refused=True)
     return values, errors
 

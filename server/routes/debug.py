@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query
 from starlette.responses import Response
 
 from engine.client import EngineDead
+from scheduler.snapshot import MAX_SEQUENCES
 from server.delivery import json_response
 from server.errors import ApiError, unavailable
 from server.openapi import described
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from server.service import Service
 
 INSPECTION_TIMEOUT_S = 5.0  # an engine answers between two steps
-MAX_SEQUENCES = 10_000
-DEFAULT_SEQUENCES = 1000
 
 
 def debug_router(service: Service) -> APIRouter:
@@ -28,7 +27,7 @@ def debug_router(service: Service) -> APIRouter:
 
     @router.get("/debug/scheduler", **described(None, SchedulerState))
     async def scheduler(
-        limit: Annotated[int, Query(ge=0, le=MAX_SEQUENCES)] = DEFAULT_SEQUENCES,
+        limit: Annotated[int, Query(ge=0, le=MAX_SEQUENCES)] = MAX_SEQUENCES,
     ) -> Response:
         """Levels, sequences, pages and costs, at most `limit` sequences and tenants. Needs the admin key."""
         if not service.config.server.admin_key:

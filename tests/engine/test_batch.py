@@ -47,12 +47,8 @@ class Steps:
     def compute(self, *slices: Slice) -> list[torch.Tensor]:
         """-> float32 [tokens, vocab] of each slice"""
         with torch.inference_mode():
-            batch = self.batches.build(StepPlan(0, slices))
-            logits = self.model.forward(batch.rows, self.storage)
-        return [
-            logits[first : first + piece.num_logits]
-            for piece, first in zip(slices, batch.first_logits, strict=True)
-        ]
+            logits = self.model.forward(self.batches.build(StepPlan(0, slices)), self.storage)
+        return list(logits.split([piece.num_logits for piece in slices]))
 
     def line(self, start: int, tokens: list[int], seq_id: int = 0) -> Slice:
         positions = range(start, start + len(tokens))

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 
 import engine.sizing
 from engine.building import build_engine
+from engine.checkpoint import locate
 from engine.config import EngineConfig
 from engine.drafting import LIGHT
 from engine.models.config import Layer
 from engine.sizing import EngineConfigError
+from engine.step_memory import asked_bytes, counted_bytes
 from engine.weights.errors import CheckpointError
 from engine.weights.mapped import MappedFiles
 from scheduler.config import SchedulerConfig
@@ -26,9 +28,17 @@ from tests.engine.tiny import CPU, TINY
 if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
 
-FREE = 100_000_000
+FREE = 100_000_000  # beside what is kept for a step
 DEVICE_PAGES = 200  # of 368,640 bytes: they leave 26 MB
 COSTS = str(Path(__file__).parents[2] / "configs" / "machines" / "cpu-2-cores-smollm2-135m.toml")
+
+
+def step_bytes() -> int:
+    shape = locate("").transformer
+    return counted_bytes(shape, 2, SchedulerConfig()) + asked_bytes(shape, SchedulerConfig())
+
+
+STEP_BYTES = step_bytes()
 
 
 def config(**tiers: int | str) -> EngineConfig:
@@ -44,7 +54,7 @@ def config(**tiers: int | str) -> EngineConfig:
 
 def free_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights find enough, what comes after them finds FREE bytes."""
-    answers = chain([10**9], repeat(FREE))
+    answers = chain([10**9], repeat(FREE + STEP_BYTES))
     monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: next(answers))
 
 
@@ -133,10 +143,10 @@ class Shape:
         self.transformer = replace(TINY, layers=layers, max_positions=4096)
 
 
-def pages_for(layers: tuple[Layer, ...], max_model_len: int, **settings: Any) -> int:
+def pages_for(layers: tuple[Layer, ...], max_model_len: int, promised: int = 0, **settings: Any) -> int:
     asked = replace(config(**settings), scheduler=SchedulerConfig(max_num_batched_tokens=64, max_num_seqs=4))
     checkpoint = cast("Checkpoint", Shape(layers))
-    return engine.sizing.with_pages(asked, checkpoint, torch.float32, CPU, max_model_len).num_pages
+    return engine.sizing.with_pages(asked, checkpoint, torch.float32, CPU, max_model_len, promised).num_pages
 
 
 def test_a_sequence_takes_fewer_pages_where_windows_slide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,3 +159,14 @@ def test_a_sequence_takes_fewer_pages_where_windows_slide(monkeypatch: pytest.Mo
     assert few == 269
     with pytest.raises(EngineConfigError, match=f"needs {269 * page_bytes} bytes"):
         pages_for((Layer(), Layer(window=128)), 4096, kv_cache_bytes=269 * page_bytes - 1)
+
+
+def test_pages_leave_room_for_the_largest_step_or_say_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: FREE)
+    page_bytes, layers = 2 * 2 * 16 * 4 * 16 * 2, (Layer(),) * 2
+    assert pages_for(layers, 4096, FREE // 2) == 4 * 256, "the step fits beside them"
+    assert pages_for(layers, 4096, FREE - 700 * page_bytes) == 700
+    with pytest.raises(EngineConfigError, match=r"lower max_model_len or max_num_batched_tokens = 64"):
+        pages_for(layers, 4096, FREE - 200 * page_bytes)
+    with pytest.raises(EngineConfigError, match=r"beside the largest step: lower num_pages, kv_cache_bytes"):
+        pages_for(layers, 4096, FREE - 300 * page_bytes, kv_cache_bytes=301 * page_bytes)

@@ -92,7 +92,7 @@ def told(count: int, truth: CostModel, monkeypatch: pytest.MonkeyPatch) -> Calib
     parts = Parts()
     few = probe_steps(MAX_SEQS, MAX_TOKENS, TINY.max_positions)[:count]
     monkeypatch.setattr(engine.calibration, "probe_steps", lambda *limits: few)
-    monkeypatch.setattr(engine.calibration._StepStopwatch, "time", lambda self, slices: truth.step(slices))
+    monkeypatch.setattr(engine.calibration.StepStopwatch, "time", lambda self, slices: truth.step(slices))
     found = calibrate(parts.model, parts.storage, parts.batches, MAX_SEQS, MAX_TOKENS, budget_s=60.0)
     assert found.num_steps == count
     return found

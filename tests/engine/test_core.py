@@ -7,6 +7,7 @@ import torch
 
 from engine.decoding import METHODS
 from engine.messages import Abort, Submit
+from engine.sampling import sampler
 from scheduler.lengths import ALL
 from scheduler.types import FinishReason
 from tests.engine.tiny import Heard, abort, request, run, tiny_core
@@ -76,6 +77,24 @@ def test_prompt_log_probabilities_come_once_each_in_order(settings):
     assert [entry.token for entry in heard.prompt_logprobs] == PROMPT[1:]
     plain = run(tiny_core(), request("r", PROMPT, prompt_logprobs=2, **GREEDY))["r", 0]
     assert heard.prompt_logprobs == plain.prompt_logprobs
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 20])
+def test_prompt_log_probabilities_are_scored_in_pieces_with_the_same_bits(together, monkeypatch):
+    """The logits of a long prompt's rows are gigabytes, which nobody has kept free."""
+    asked = [request(f"r{n}", PROMPT[n:] * 2, prompt_logprobs=n % 4, logprobs=1, **GREEDY) for n in range(9)]
+    whole = run(tiny_core(max_num_batched_tokens=512), *asked)
+    core = tiny_core(max_num_batched_tokens=512)
+    sizes: list[int] = []
+    logits = core.runner.model.logits
+    core.runner.model.logits = lambda hidden, wanted: sizes.append(len(wanted)) or logits(hidden, wanted)
+    monkeypatch.setattr(sampler, "PIECE_BYTES", together * 4 * core.vocab_size)
+    heard = run(core, *asked)
+    for key, one in heard.items():
+        assert len(one.prompt_logprobs) == len(asked[int(key[0][1:])].prompt_ids) - 1
+        assert one.prompt_logprobs == whole[key].prompt_logprobs
+        assert (one.tokens, one.logprobs) == (whole[key].tokens, whole[key].logprobs)
+    assert max(sizes) <= max(together, len(asked))
 
 
 def test_prompt_tokens_are_counted_once_whatever_happens_to_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from engine.checkpoint import locate
 from engine.config import EngineConfig
 from engine.kv_storage import KVStorage
 from engine.state import LengthsFile, state_folder
+from scheduler.lengths import ALL
 from tests.engine.tiny import CPU, SETTINGS, TINY
 
 
@@ -64,6 +66,7 @@ def test_it_is_saved_now_and_then(tmp_path: Path, monkeypatch):
     assert not list(tmp_path.rglob("*.json"))
     now_s += 1
     file.save_when_due()
+    assert file.wait()
     (saved,) = tmp_path.rglob("*.json")
     before = saved.stat().st_mtime_ns
     file.save_when_due()
@@ -94,6 +97,84 @@ def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         file.save()
     assert "are not kept" in caplog.text
+
+
+class SlowDisk:
+    """fsync ends when it may; what it was called for is counted."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.may_end, self.reached, self.num_calls = threading.Event(), threading.Event(), 0
+        self.now_s = 100.0
+        monkeypatch.setattr("scheduler.lengths.os.fsync", self.fsync)
+        monkeypatch.setattr(state.time, "monotonic", lambda: self.now_s)
+
+    def fsync(self, _) -> None:
+        self.num_calls += 1
+        self.reached.set()
+        assert self.may_end.wait(30)
+
+
+def test_steps_go_on_while_lengths_are_written(tmp_path: Path, monkeypatch):
+    """A thousand histograms and an fsync stopped every stream for 0.6 s."""
+    disk = SlowDisk(monkeypatch)
+    file = LengthsFile(tmp_path, b"model")
+    learn(file)
+    for number in range(1, 4):
+        disk.now_s = 100.0 + number * state.SAVE_EVERY_S
+        file.save_when_due()  # returns although the disk does not, the first time as the second
+        learn(file)
+    assert disk.reached.wait(30)
+    assert disk.num_calls == 1, "one at a time"
+    assert not list(tmp_path.rglob("*.json")), "the file is replaced as a whole"
+    disk.may_end.set()
+    assert file.wait()
+    (saved,) = tmp_path.rglob("*.json")
+    assert LengthsFile(tmp_path, b"model").lengths._shared[ALL].num_seen <= 300, "what was known then"
+    file.save()
+    assert LengthsFile(tmp_path, b"model").lengths._shared[ALL].num_seen > 900
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_the_end_waits_for_what_is_being_written_and_not_for_ever(tmp_path: Path, monkeypatch, caplog):
+    disk = SlowDisk(monkeypatch)
+    file = LengthsFile(tmp_path, b"model")
+    learn(file)
+    disk.now_s += state.SAVE_EVERY_S
+    file.save_when_due()
+    monkeypatch.setattr(state, "SAVE_TIMEOUT_S", 0.01)
+    file.save()
+    assert caplog.messages == ["learned output lengths are not kept: the disk takes over 0.01 s"]
+    disk.may_end.set()
+    monkeypatch.setattr(state, "SAVE_TIMEOUT_S", 30.0)
+    file.save()
+    assert disk.num_calls == 2
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), ValueError("a bug")])
+def test_a_save_that_fails_in_its_thread_is_one_line_in_the_log(failure, tmp_path: Path, monkeypatch, caplog):
+    def fail(*_):
+        raise failure
+
+    file = LengthsFile(tmp_path, b"model")
+    monkeypatch.setattr("scheduler.lengths.os.fsync", fail)
+    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    file.save_when_due()
+    assert file.wait()
+    assert caplog.messages == [f"learned output lengths are not kept: {failure}"]
+
+
+def test_where_no_thread_can_start_steps_go_on(tmp_path: Path, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    file = LengthsFile(tmp_path, b"model")
+    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(state.threading.Thread, "start", fail)
+    file.save_when_due()
+    assert caplog.messages == ["learned output lengths are not kept: can't start new thread"]
+    file.save()
+    assert list(tmp_path.rglob("*.json"))
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch):

@@ -101,7 +101,7 @@ def test_only_cut_sequences_leave_the_prior_beyond() -> None:
 def test_what_was_cut_before_its_first_token_says_nothing() -> None:
     lengths = Lengths()
     lengths.observe("a", 100, 0, natural=False)
-    assert lengths.to_json() == Lengths().to_json()
+    assert list(lengths.to_json()) == list(Lengths().to_json())
 
 
 def test_classes_are_powers_of_four() -> None:
@@ -147,7 +147,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     lengths.save(path)
     loaded, reason = Lengths.load(path)
     assert reason is None
-    assert loaded.to_json() == lengths.to_json()
+    assert list(loaded.to_json()) == list(lengths.to_json())
     assert mean(loaded, "ann@example.org") == pytest.approx(mean(lengths, "ann@example.org"), rel=0.01)
     assert mean(loaded, "ann@example.org") < mean(loaded) / 5
     assert "ann" not in path.read_text()
@@ -158,6 +158,25 @@ def test_a_missing_file_is_a_silent_start(tmp_path: Path) -> None:
     loaded, reason = Lengths.load(tmp_path / "none.json")
     assert reason is None
     assert mean(loaded) == mean(Lengths())
+
+
+def test_a_copy_is_what_was_known_then(tmp_path: Path) -> None:
+    """Another thread saves it while the engine learns on."""
+    lengths = seen(Lengths(), length=9, count=200, tenant="ann")
+    copied, known = lengths.copy(), list(lengths.to_json())
+    seen(lengths, length=900, count=30_000, tenant="ann")  # the unit of counts begins anew
+    seen(lengths, length=900, count=5, tenant="bob", prompt=9000)
+    assert list(copied.to_json()) == known
+    assert list(lengths.to_json()) != known
+    pauses = 0
+
+    def pause() -> None:
+        nonlocal pauses
+        pauses += 1
+
+    copied.save(tmp_path / "lengths.json", pause)
+    assert list(Lengths.load(tmp_path / "lengths.json")[0].to_json()) == known
+    assert pauses >= len(known)
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +229,7 @@ def test_a_damaged_file_is_a_start_from_the_prior_with_a_reason(tmp_path: Path, 
     loaded, reason = Lengths.load(path)
     assert reason is not None
     assert str(path) in reason
-    assert loaded.to_json() == Lengths().to_json()
+    assert list(loaded.to_json()) == list(Lengths().to_json())
 
 
 def test_what_weighs_most_can_be_saved_and_its_tail_stays_possible(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from scheduler.costs import CostModel
 from scheduler.lengths import Lengths
 from scheduler.levels import MAX_LEVELS
 from scheduler.refusal import RefusalReason, RequestRefused
-from scheduler.snapshot import take_snapshot
+from scheduler.snapshot import MAX_SEQUENCES, take_snapshot
 from scheduler.types import FinishReason, SequenceState
 from tests.scheduler.driver import TOKEN, Driver, request
 
@@ -205,3 +205,15 @@ def test_a_snapshot_is_cut_but_its_counts_are_whole() -> None:
     assert (len(snapshot.sequences), len(snapshot.tenants)) == (3, 3)
     assert snapshot.stats.num_waiting == 9
     assert all(view.head_start_s is None for view in snapshot.sequences)  # the order knows none
+
+
+def test_a_snapshot_is_bounded_and_shows_first_who_runs() -> None:
+    """Each description takes microseconds in which everybody waits."""
+    driver = Driver(policy="priority", max_num_seqs=2, max_queued_requests=2000)
+    driver.add(*[request(f"r{k}", 4, max_tokens=1) for k in range(MAX_SEQUENCES + 50)])
+    driver.add(*[request(f"first{k}", 4, max_tokens=9, priority=-1) for k in range(2)])
+    driver.step()
+    snapshot = take_snapshot(driver.scheduler, max_sequences=10_000)
+    assert len(snapshot.sequences) == MAX_SEQUENCES
+    assert {view.request_id for view in snapshot.sequences[:2]} == {"first0", "first1"}
+    assert SequenceState.RUNNING not in {view.state for view in snapshot.sequences[2:]}

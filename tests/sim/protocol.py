@@ -121,10 +121,16 @@ class _Computing:
         self._fake.forget(seq_id)
         self._tables.discard(seq_id)
 
+    def spoil(self, pieces: Sequence[Slice]) -> None:
+        assert not pieces, "nobody offers drafts here"
+
+    def check_device(self) -> None:
+        pass
+
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
         if self._world.step_fails():
-            for piece in plan.slices:
-                sequence = self._scheduler.sequence(piece.seq_id)
+            if len(plan.slices) == 1:
+                sequence = self._scheduler.sequence(plan.slices[0].seq_id)
                 self._world.failed.add((sequence.request.request_id, sequence.index))
             raise RuntimeError("injected")
         slices = {piece.seq_id: piece for piece in plan.slices}
@@ -178,7 +184,7 @@ class Protocol:
         self._arrivals = [replace(one, delivered=()) for one in draw_requests(rng, self._clock())]
         self._failed_in_a_row = 0
         self.complaint: Exception | None = None  # of the fake runner, about a plan
-        self.failed: set[Choice] = set()  # computed by a step that raised
+        self.failed: set[Choice] = set()  # that raised alone
         self._aborted: set[Choice] = set()
         self._requests: dict[str, Request] = {}
         self._replayed: set[str] = set()

@@ -120,7 +120,7 @@ class ScratchPages:
             )
             for piece in pieces
         )
-        return self._builder.build(StepPlan(0, slices)).rows
+        return self._builder.build(StepPlan(0, slices))
 
     def _num_blocks(self, stretch: Stretch) -> int:
         size = self._page_size

@@ -189,8 +189,9 @@ def test_a_step_that_fails_leaves_nobody_drafting(overlapping, monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr(core.runner, "execute", broken)
-    assert core.step().outputs[-1].error
+    assert not core.step().outputs  # the drafts may be the cause
     assert core.speculation.overlap._running is None
+    assert core.step().outputs[-1].error
     monkeypatch.setattr(core.runner, "execute", execute)
     [heard] = run(core, request("b", PROMPTS[0], max_tokens=60, **SPECULATIVE)).values()
     assert len(heard.tokens) == 60

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from engine.core import EngineCore
+    from engine.models.transformer import Rows
     from scheduler.plan import StepPlan
 
 
@@ -56,19 +57,20 @@ def serve(
 
 
 class _Recorder:
-    """Keeps the logits of every row that the model computes them for, by request."""
+    """Keeps the logits of every row that a plan wants them of, by request."""
 
     def __init__(self, core: EngineCore) -> None:
         self.core = core
         self.rows: dict[str, list[torch.Tensor]] = {}
-        self._execute, self._compute_logits = core.runner.execute, core.runner.model.logits
+        self._execute, self._compute = core.runner.execute, core.runner.model.compute
         self._logits = torch.empty(0)
         core.runner.execute = self.execute
-        core.runner.model.logits = self.logits
+        core.runner.model.compute = self.compute
 
-    def logits(self, *arguments: object) -> torch.Tensor:
-        self._logits = self._compute_logits(*arguments)
-        return self._logits
+    def compute(self, rows: Rows, *arguments: object) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        hidden, tapped = self._compute(rows, *arguments)
+        self._logits = self.core.runner.model.logits(hidden, rows.wanted)
+        return hidden, tapped
 
     def execute(self, plan: StepPlan) -> object:
         names = [self.core.scheduler.sequence(piece.seq_id).request.request_id for piece in plan.slices]

@@ -8,7 +8,7 @@ import torch
 
 from engine.messages import TokenLogprobs
 from engine.noise import NoiseKeys
-from engine.sampling import ranking
+from engine.sampling import ranking, sampler
 from engine.sampling.places import Place
 from engine.sampling.processors import LogitsProcessor, needs_processing
 from engine.sampling.sampler import logprobs_of, sample
@@ -213,9 +213,98 @@ def test_counts_grow_with_the_sequence():
     assert torch.equal(one, other)
 
 
-def test_parameters_that_cannot_be_applied_fail_in_their_row():
+class Raising:
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+
+    def allowed(self, drafted):
+        raise self.failure
+
+
+def masked(failure: Exception) -> Place:
+    made = place(temperature=0.0)
+    return made._replace(
+        processor=LogitsProcessor(made.sequence, VOCABULARY, torch.device("cpu"), Raising(failure))
+    )
+
+
+def test_a_mask_that_raises_fails_in_its_row():
     logits = random_logits(2)
-    broken = place(temperature=0.0, min_tokens=3, stop_token_ids=(10**6,))
-    drawn = sample(logits, [broken, place(temperature=0.0)])
+    drawn = sample(logits, [masked(ValueError("no such rule")), place(temperature=0.0)])
     assert list(drawn.errors) == [0]
+    assert "no such rule" in drawn.errors[0].cause
     assert drawn.tokens[1] == int(logits[1].argmax())
+
+
+@pytest.mark.parametrize("failure", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_lack_of_memory_is_not_the_fault_of_the_request_whose_mask_met_it(failure):
+    with pytest.raises(type(failure)):
+        sample(random_logits(1), [masked(failure)])
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 5, 8, 100])
+def test_rows_are_drawn_in_pieces_as_they_are_drawn_at_once(monkeypatch, together):
+    """Sequences of one to five rows, among them drafts whose rows wait for each other."""
+    logits = random_logits(40)
+    places: list[Place] = []
+    for number in range(16):
+        asked = {"temperature": 0.8 * (number % 3), "top_p": 0.8 if number % 2 else 1.0, "seed": number}
+        root = place(output=[3] * number, **asked, frequency_penalty=0.3 * (number % 4))
+        places.append(root)
+        for depth in range(min(number % 5, 39 - len(places))):
+            path = (*places[-1].drafted, int(logits[len(places) - 1].argmax()))
+            places.append(root._replace(drafted=path, after=1 if depth else 0))
+    places = places[: len(logits)]
+    places[7] = masked(ValueError("broken"))
+    logits = logits[: len(places)]
+    logits[9] = torch.nan
+    expected = sample(logits, places)
+    sizes = []
+    each = sampler._sample
+    monkeypatch.setattr(sampler, "PIECE_BYTES", together * 4 * VOCABULARY)
+    monkeypatch.setattr(
+        sampler, "_sample", lambda some, places: sizes.append(len(places)) or each(some, places)
+    )
+    assert sample(logits, places) == expected
+    assert sum(sizes) == len(places)
+    assert max(sizes) <= max(5, together)
+    assert together >= len(places) or len(sizes) > 1
+
+
+def test_a_bias_of_many_entries_is_written_at_once(monkeypatch):
+    """Each entry by itself is a launch on a GPU, and every step waits for a thousand of them."""
+    writes = 0
+    write = torch.Tensor.__setitem__
+
+    def counting(*arguments):
+        nonlocal writes
+        writes += 1
+        return write(*arguments)
+
+    biases = tuple((token, (token % 13) / 7 - 1.0) for token in range(0, VOCABULARY, 2))
+    asked = {
+        "logit_bias": ((4, 50.0), *biases),
+        "allowed_token_ids": tuple(range(900)),
+        "bad_words": tuple((token,) for token in range(100, 400)),
+        "stop_token_ids": tuple(range(400, 600)),
+        "min_tokens": 300,
+        "repetition_penalty": 1.1,
+    }
+    expected = random_logits(1)[0]
+    monkeypatch.setattr(torch.Tensor, "__setitem__", counting)
+    processor = place(prompt=range(500), output=range(200), **asked).processor
+    assert processor is not None
+    processor.catch_up()
+    logits = expected.clone()
+    processor.apply(logits, (5, 6, 7))
+    assert writes <= 8
+    monkeypatch.undo()
+    seen = torch.zeros(VOCABULARY, dtype=torch.bool)
+    seen[:500] = True
+    penalised = torch.where(expected > 0, expected / 1.1, expected * 1.1)
+    expected = torch.where(seen, penalised, expected)
+    for token, bias in asked["logit_bias"]:
+        if (token, bias) != (4, 50.0):  # the last of equal ones counts
+            expected[token] += torch.tensor(bias)
+    expected[[*range(100, 600), *range(900, VOCABULARY)]] = -torch.inf
+    assert torch.equal(logits, expected)

@@ -150,7 +150,7 @@ def test_the_context_is_what_the_target_computes_of_the_text(tmp_path, monkeypat
     storage = KVStorage(model.config, 64, 16, torch.float32, CPU)
     piece = Slice(99, 0, tuple(tokens), range(len(tokens)), 0, tuple(range(-(-len(tokens) // 16))), 0)
     batch = core.runner.batches.build(StepPlan(0, (piece,)))
-    _, tapped = model.compute(batch.rows, storage, core.speculation.drafters["dflash"].taps)
+    _, tapped = model.compute(batch, storage, core.speculation.drafters["dflash"].taps)
     expected = torch.cat([tap[: len(tokens)] for tap in tapped], dim=-1)
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
 
