@@ -18,7 +18,7 @@ import uvicorn
 from engine.client import EngineDead
 from server import logs
 from server.app import create_app
-from server.connections import bounded_http
+from server.connections import Connections
 from server.listener import is_loopback, url_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def http_server(service: Service) -> HttpServer:
     return HttpServer(
         uvicorn.Config(
             create_app(service),
-            http=bounded_http(limits.max_header_bytes, limits.max_connections),  # type: ignore[arg-type]
+            http=Connections(limits, service.buffers, service.metrics),  # type: ignore[arg-type]
             loop="asyncio",
             log_config=None,
             access_log=False,
