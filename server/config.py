@@ -17,6 +17,23 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class ServerConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 = any free one", "max": 65535})
+    uds: str = field(
+        default="",
+        metadata={"help": "path of a Unix socket (mode 660) to listen on, in place of host and port"},
+    )
+    ssl_certfile: str = field(
+        default="", metadata={"help": "PEM file of the certificate and its chain; empty = no TLS"}
+    )
+    ssl_keyfile: str = field(
+        default="", metadata={"help": "PEM file of its key; empty = it is in ssl_certfile"}
+    )
+    ssl_keyfile_password: str = field(
+        default="", metadata={"help": "of an encrypted ssl_keyfile", "secret": True}
+    )
+    ssl_ca_certs: str = field(
+        default="",
+        metadata={"help": "PEM file of authorities: only clients with a certificate of theirs connect"},
+    )
     served_model_name: str = field(
         default="", metadata={"help": "the model's id in the API; empty = derived from the checkpoint"}
     )

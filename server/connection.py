@@ -41,6 +41,9 @@ from server.exchange import Exchange, head_bytes
 from server.middleware import QUIET_PATHS
 
 if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+    from uvicorn.server import ServerState
+
     from server.connections import Connections
 
 LINGER_S = 0.5  # a refused client is still read from, or the answer might be lost in a reset
@@ -67,18 +70,13 @@ class Connection(asyncio.Protocol):
     transport: asyncio.Transport
 
     def __init__(
-        self,
-        connections: Connections,
-        config: Any,
-        server_state: Any,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        self, connections: Connections, app: ASGIApp, server_state: ServerState, app_state: dict[str, Any]
     ) -> None:
-        self.loop = _loop or asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self.backlog = connections.buffers.outgoing.open(self.abort)
         self._connections, self._limits = connections, connections.limits
         self._incoming = connections.buffers.incoming
-        self._app, self._server_state, self._app_state = config.loaded_app, server_state, app_state
+        self._app, self._server_state, self._app_state = app, server_state, app_state
         self._parser: Any = httptools.HttpRequestParser(self)
         # What comes in
         self._expects = Expects.FIRST_BYTE
@@ -113,15 +111,14 @@ class Connection(asyncio.Protocol):
 
     @property
     def default_headers(self) -> list[tuple[bytes, bytes]]:
-        headers: list[tuple[bytes, bytes]] = self._server_state.default_headers
-        return headers
+        return self._server_state.default_headers
 
     # asyncio's side
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         transport.set_write_buffer_limits(high=1)  # so whatever the kernel does not take is known, and counts
-        self._server_state.connections.add(self)
+        self._server_state.connections.add(self)  # type: ignore[arg-type]
         self._has_place = self._connections.enter(self)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -10,16 +10,16 @@ for their head, the one that has waited longest makes room for the next.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from server import logs
-from server.connection import Connection
 
 if TYPE_CHECKING:
     import asyncio
 
     from server.buffers import Buffers
     from server.config import ServerConfig
+    from server.connection import Connection
     from server.metrics import Metrics
 
 SWEEP_S = 1.0  # how often deadlines are looked at, or more often where they are short
@@ -27,7 +27,7 @@ PROBE_PLACES = 64  # connections over max_connections whose head is read
 
 
 class Connections:
-    """All connections of a server; what uvicorn makes them with."""
+    """All connections of a server."""
 
     def __init__(self, limits: ServerConfig, buffers: Buffers, metrics: Metrics) -> None:
         self.limits, self.buffers, self.metrics = limits, buffers, metrics
@@ -39,9 +39,6 @@ class Connections:
             (limits.head_timeout_s, limits.body_timeout_s, limits.keep_alive_timeout_s, limits.send_timeout_s)
         )
         self._sweep_s = min(SWEEP_S, shortest / 4)
-
-    def __call__(self, **options: Any) -> Connection:
-        return Connection(self, **options)
 
     def enter(self, connection: Connection) -> bool:
         """Whether there is a place. Else it is one of a few that may be probes, or is closed."""
