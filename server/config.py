@@ -96,8 +96,8 @@ class ServerConfig:
         default=75.0, metadata={"help": "time that an idle connection stays open", "min": 0.001}
     )
     send_timeout_s: float = field(
-        default=60.0,
-        metadata={"help": "time in which a client reads nothing of its answer; then it ends", "min": 0.001},
+        default=120.0,
+        metadata={"help": "an answer of which nothing is read for this long is cut off", "min": 0.001},
     )
     max_prompts: int = field(default=128, metadata={"help": "prompts in one completion request", "min": 1})
     max_choices: int = field(default=16, metadata={"help": "upper bound of n and best_of", "min": 1})

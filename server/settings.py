@@ -41,8 +41,9 @@ HIDDEN = "<hidden>"  # stands for a secret in a printed configuration; refused w
 
 _SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _NUMBER = re.compile(r"([+-]?[0-9_]*\.?[0-9_]*)\s*([kmgt]?)(?:i?b)?")
-_SERVICE_LINK = re.compile(
-    r"(\w+?)(?:_SERVICE_HOST|_SERVICE_PORT(?:_\w+)?|_PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
+_SERVICE_HOST = "_SERVICE_HOST"
+_OF_SERVICE = re.compile(
+    r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?", re.ASCII
 )
 _SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://.+:\d+")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
@@ -210,13 +211,14 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[list[tuple[Setting, o
     """An empty variable counts as unset: compose files cannot leave one out. So does what Kubernetes puts
     there for a Service whose name begins with octavo."""
     by_variable = {setting.variable: setting for setting in SETTINGS.values()}
+    services = [name.removesuffix(_SERVICE_HOST) for name in environ if name.endswith(_SERVICE_HOST)]
     found: list[tuple[Setting, object, str]] = []
     warnings, links = [], []
     for variable, raw in environ.items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
             continue
         setting = by_variable.get(variable)
-        if _is_service_link(variable, raw, environ, known=setting is not None):
+        if _is_service_link(variable, raw, services, known=setting is not None):
             links.append(variable)
         elif setting is None:
             warnings.append(f"environment variable {variable} is no setting{nearest(variable, by_variable)}")
@@ -227,14 +229,13 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[list[tuple[Setting, o
     return found, warnings
 
 
-def _is_service_link(variable: str, raw: str, environ: Mapping[str, str], *, known: bool) -> bool:
+def _is_service_link(variable: str, raw: str, services: Iterable[str], *, known: bool) -> bool:
     """NAME_PORT=tcp://10.0.0.1:80, and what stands beside it: NAME_SERVICE_HOST and its like. Where the
     name is also a setting's only such a value counts: a pod may set OCTAVO_PORT beside the link."""
-    match = _SERVICE_LINK.fullmatch(variable)
-    if match is None:
-        return False
-    is_url = _SERVICE_URL.fullmatch(raw) is not None
-    return is_url or (not known and f"{match[1]}_SERVICE_HOST" in environ)
+    if variable.endswith("_PORT") and _SERVICE_URL.fullmatch(raw):
+        return True
+    rests = (variable.removeprefix(name) for name in services if variable.startswith(name))
+    return not known and any(_OF_SERVICE.fullmatch(rest) for rest in rests)
 
 
 def _from_flags(flags: Mapping[str, object]) -> list[tuple[Setting, object, str]]:
