@@ -41,9 +41,12 @@ from server.exchange import Exchange, head_bytes
 from server.middleware import QUIET_PATHS
 
 if TYPE_CHECKING:
+    import ssl
+
     from starlette.types import ASGIApp
     from uvicorn.server import ServerState
 
+    from server.buffers import Backlog
     from server.connections import Connections
 
 LINGER_S = 0.5  # a refused client is still read from, or the answer might be lost in a reset
@@ -67,17 +70,19 @@ class Connection(asyncio.Protocol):
     """One connection. The parser buffers a header until it is whole, so two counts bound the head:
     what the parser has told of it, and what it was fed since it last told anything."""
 
-    transport: asyncio.Transport
+    transport: asyncio.Transport  # these three from `connection_made` on
+    backlog: Backlog
+    _parser: Any
 
     def __init__(
         self, connections: Connections, app: ASGIApp, server_state: ServerState, app_state: dict[str, Any]
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.backlog = connections.buffers.outgoing.open(self.abort)
         self._connections, self._limits = connections, connections.limits
         self._incoming = connections.buffers.incoming
         self._app, self._server_state, self._app_state = app, server_state, app_state
-        self._parser: Any = httptools.HttpRequestParser(self)
+        self._greeting: asyncio.Task[None] | None = None  # in TLS
+        self._early = b""
         # What comes in
         self._expects = Expects.FIRST_BYTE
         self._since_s = self.loop.time()  # when it began to wait for that
@@ -116,10 +121,32 @@ class Connection(asyncio.Protocol):
     # asyncio's side
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.backlog = self._connections.buffers.outgoing.open(self.abort)
+        self._parser = httptools.HttpRequestParser(self)
+        self._server_state.connections.add(self)  # type: ignore[arg-type]
+        self._use(transport)
+        self._has_place = self._connections.enter(self)
+        if self._connections.tls is not None:
+            transport.pause_reading()
+            self._greeting = self.loop.create_task(self._greet(self._connections.tls))
+
+    def _use(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         transport.set_write_buffer_limits(high=1)  # so whatever the kernel does not take is known, and counts
-        self._server_state.connections.add(self)  # type: ignore[arg-type]
-        self._has_place = self._connections.enter(self)
+
+    async def _greet(self, tls: ssl.SSLContext) -> None:
+        """The handshake, which asyncio's server would do before anybody can count the connection."""
+        limit_s = self._limits.head_timeout_s
+        with suppress(OSError):  # what fails also ends the connection
+            transport = await self.loop.start_tls(
+                self.transport, self, tls, server_side=True, ssl_handshake_timeout=limit_s
+            )
+            assert transport is not None
+            self._use(transport)
+            self._expect(Expects.FIRST_BYTE)
+        self._greeting = None
+        if self._early:
+            self.data_received(self._early)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server_state.connections.discard(self)
@@ -136,6 +163,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
+            return
+        if self._greeting is not None:  # it came with the handshake's end, and cannot be answered yet
+            self._early += data
             return
         self._last_byte_s = self.loop.time()
         if not self._incoming.has_room(self._num_held, len(data)):
@@ -288,7 +318,7 @@ class Connection(asyncio.Protocol):
     def _begin(self, method: str, headers: dict[bytes, bytes]) -> None:
         url = httptools.parse_url(self._url)
         path = (url.path or b"/").decode("ascii")
-        if not self._has_place and path not in QUIET_PATHS:
+        if not self._has_place and path.rstrip("/") not in QUIET_PATHS:
             self._stop_receiving(unavailable("Too many open connections.", RETRY_S, "too_many_connections"))
             return
         announced = int(headers.get(b"content-length", b"0"))

@@ -16,6 +16,7 @@ from server import logs
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
     from server.buffers import Buffers
     from server.config import ServerConfig
@@ -29,7 +30,10 @@ PROBE_PLACES = 64  # connections over max_connections whose head is read
 class Connections:
     """All connections of a server."""
 
-    def __init__(self, limits: ServerConfig, buffers: Buffers, metrics: Metrics) -> None:
+    def __init__(
+        self, limits: ServerConfig, buffers: Buffers, metrics: Metrics, tls: ssl.SSLContext | None
+    ) -> None:
+        self.tls = tls
         self.limits, self.buffers, self.metrics = limits, buffers, metrics
         self._placed: set[Connection] = set()
         self._idle: dict[Connection, None] = {}  # the longest idle first

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from engine.messages import Ready, SequenceOutput, StepOutput
     from scheduler.types import Request
+    from server.buffers import Buffers
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -208,6 +209,12 @@ class Metrics:
         self._decode.observe(times.last_token_s - times.first_token_s)
         self._inference.observe(times.last_token_s - started)
 
+    def show_buffers(self, buffers: Buffers) -> None:
+        """Read when somebody asks."""
+        incoming, outgoing = buffers.incoming, buffers.outgoing
+        self._buffered.labels(self._model, "in").set_function(lambda: incoming.num_bytes)
+        self._buffered.labels(self._model, "out").set_function(lambda: outgoing.num_bytes)
+
     # Declarations
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -250,6 +257,12 @@ class Metrics:
             "octavo:refused",
             "HTTP requests that were not taken, by reason.",
             ["model_name", "reason"],
+            registry=self.registry,
+        )
+        self._buffered = Gauge(
+            "octavo:buffered_bytes",
+            "Bytes of requests that are not accepted yet (in) and of output that is not sent (out).",
+            ["model_name", "direction"],
             registry=self.registry,
         )
         self._http = Counter(

@@ -36,30 +36,23 @@ EXIT_OK, EXIT_FAILED = 0, 1
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handling, which would close the socket before the drain, and with a
-    limit on the time that a TLS handshake takes."""
+    """uvicorn without its own signal handling, which would close the socket before the drain, and with
+    our connections."""
 
     def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
         super().__init__(config)
-        self.tls = tls_context(connections.limits)
-        self._connections = connections
+        self.connections = connections
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
         self.should_exit = self.should_exit or self.lifespan.should_exit
-        loop, self.servers = asyncio.get_running_loop(), []
-        handshake_s = self._connections.limits.head_timeout_s if self.tls is not None else None
-        for listener in sockets or []:
-            server = await loop.create_server(
-                self._connection, sock=listener, ssl=self.tls, ssl_handshake_timeout=handshake_s
-            )
-            self.servers.append(server)
+        loop = asyncio.get_running_loop()
+        self.servers = [await loop.create_server(self._connection, sock=each) for each in sockets or []]
         self.started = True
 
     def _connection(self) -> Connection:
-        return Connection(
-            self._connections, self.config.loaded_app, self.server_state, dict(self.lifespan.state)
-        )
+        app, state = self.config.loaded_app, dict(self.lifespan.state)
+        return Connection(self.connections, app, self.server_state, state)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -76,7 +69,9 @@ async def serve(service: Service, config: Config, listener: socket.socket) -> in
     stop, at_once = asyncio.Event(), asyncio.Event()
     http = http_server(service)
     with _signals(stop, at_once):
-        logs.info("listening", url=url_of(listener, tls=http.tls is not None), model=service.model_name)
+        logs.info(
+            "listening", url=url_of(listener, tls=http.connections.tls is not None), model=service.model_name
+        )
         _warn_if_open(listener, config.server)
         _say_defaults(service)
         http_task = asyncio.create_task(http.serve(sockets=[listener]))
@@ -160,7 +155,7 @@ def http_server(service: Service) -> HttpServer:
             ws="none",
             timeout_graceful_shutdown=HTTP_SHUTDOWN_S,
         ),
-        Connections(limits, service.buffers, service.metrics),
+        Connections(limits, service.buffers, service.metrics, tls_context(limits)),
     )
 
 

@@ -82,6 +82,7 @@ class Service:
         self.created_s = int(time.time())
         self.metrics = Metrics(self.model_name)
         self.buffers = Buffers(server.max_buffered_bytes)
+        self.metrics.show_buffers(self.buffers)
         self.admission = Admission(
             scheduler.max_queued_requests + scheduler.max_num_seqs,
             tenants=TenantLimits(server.max_tenant_requests, server.tenant_tokens_per_minute),

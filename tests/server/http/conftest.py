@@ -131,7 +131,12 @@ def running(
         if start_engine:
             await fake.start()
         box.append(
-            Running(url_of(listener, tls=server.tls is not None), service, fake, asyncio.get_running_loop())
+            Running(
+                url_of(listener, tls=server.connections.tls is not None),
+                service,
+                fake,
+                asyncio.get_running_loop(),
+            )
         )
         stop.append(lambda: setattr(server, "should_exit", True))
         started.set()

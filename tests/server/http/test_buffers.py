@@ -60,6 +60,8 @@ def test_a_body_that_does_not_fit_is_refused_before_it_is_read() -> None:
     with running(max_buffered_bytes=512 * KIB, max_body_bytes=200 * KIB) as server, ExitStack() as stack:
         stack.enter_context(half_sent(server, 150 * KIB, f"Content-Length: {160 * KIB}"))
         within(5, lambda: held(server)[0] >= 150 * KIB)
+        name = 'octavo:buffered_bytes{direction="in",model_name="org/fake"}'
+        assert server.metrics()[name] >= 150 * KIB
         [answer] = send(server, head(PATH, f"Content-Length: {120 * KIB}"))
         assert (answer.status, answer.code) == (503, "buffers_full")
         assert int(answer.headers["retry-after"]) >= 1

@@ -9,6 +9,7 @@ import ssl
 import stat
 import subprocess
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from server.config import ServerConfig
 from server.listener import TlsError, bind_unix, is_loopback, tls_context, url_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import running
+from tests.server.http.sockets import LAST_LIVE, many_files
 from tests.server.http.test_disconnect import within
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -95,6 +97,62 @@ def test_a_client_over_tls_that_leaves_or_does_not_read_is_noticed(files: Path) 
             began = time.monotonic()
             assert silent.recv(100) == b""
             assert time.monotonic() - began < 5
+
+
+@needs_openssl
+def test_handshakes_that_do_not_end_are_connections_like_others(files: Path) -> None:
+    names = tls(files, certfile="cert.pem", keyfile="key.pem")
+    context = ssl._create_unverified_context()
+    with (
+        many_files(1000),
+        running(max_connections=20, head_timeout_s=30.0, **names) as server,  # type: ignore[arg-type]
+        ExitStack() as held,
+    ):
+        host, port = server.url.removeprefix("https://").split(":")
+        for _ in range(300):  # far beyond the places that are kept for probes
+            held.enter_context(socket.create_connection((host, int(port)), timeout=10))
+        with httpx.Client(base_url=server.url, verify=context) as client:
+            assert client.get("/live").status_code == 200
+        with httpx.Client(base_url=server.url, verify=context) as client:
+            assert client.post("/v1/completions", json=STREAM).status_code == 503
+
+
+@needs_openssl
+def test_what_comes_with_the_end_of_the_handshake_is_answered_in_tls(files: Path) -> None:
+    with running(**tls(files, certfile="cert.pem", keyfile="key.pem")) as server:
+        host, port = server.url.removeprefix("https://").split(":")
+        for request, status in ((LAST_LIVE, b"200"), (b"nonsense\r\n\r\n", b"400")):
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            client = ssl._create_unverified_context().wrap_bio(incoming, outgoing)
+            with socket.create_connection((host, int(port)), timeout=10) as raw:
+                for done in (False, True):
+                    try:
+                        client.do_handshake()
+                    except ssl.SSLWantReadError:
+                        assert not done
+                        raw.sendall(outgoing.read())
+                        incoming.write(raw.recv(65536))
+                client.write(request)
+                raw.sendall(outgoing.read())  # the handshake's last message and the request at once
+                answer = b""
+                while not answer.startswith(b"HTTP/1.1 " + status):
+                    incoming.write(raw.recv(65536))
+                    with suppress(ssl.SSLWantReadError):
+                        answer += client.read(65536)
+
+
+@needs_openssl
+def test_what_is_no_handshake_is_closed(files: Path) -> None:
+    with running(**tls(files, certfile="cert.pem", keyfile="key.pem")) as server:
+        host, port = server.url.removeprefix("https://").split(":")
+        for said in (LAST_LIVE, b"\x16\x03\x01\x00\x05hello"):
+            with socket.create_connection((host, int(port)), timeout=10) as raw, suppress(ConnectionError):
+                raw.sendall(said)
+                while raw.recv(1000):
+                    pass
+        context = ssl._create_unverified_context()
+        with httpx.Client(base_url=server.url, verify=context) as client:
+            assert client.get("/live").status_code == 200
 
 
 @needs_openssl
