@@ -99,6 +99,7 @@ class Connection(asyncio.Protocol):
         self._last_words: ApiError | None = None  # after their answers
         self._is_writable = asyncio.Event()
         self._is_writable.set()
+        self._num_stuck = 0  # bytes that the kernel did not take
         self._unread = (0, self._since_s)  # bytes on their way, and since when they are no fewer
 
     @property
@@ -204,11 +205,13 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self._is_writable.clear()
         self._unread = (self._bytes_on_their_way(), self.loop.time())
-        self.backlog.add(self.transport.get_write_buffer_size())
+        self._num_stuck = self.transport.get_write_buffer_size()
+        self.backlog.add(self._num_stuck)
 
     def resume_writing(self) -> None:
         self._is_writable.set()
-        self.backlog.add(-self.backlog.num_bytes)
+        self.backlog.add(-self._num_stuck)
+        self._num_stuck = 0
 
     async def writable(self) -> None:
         """Until the kernel has taken all that was written, or the connection is gone."""
@@ -254,6 +257,8 @@ class Connection(asyncio.Protocol):
         self._parse(b"\r\n".join([*lines, b"", b""]) + rest)
 
     def on_message_begin(self) -> None:
+        if self._is_deaf:
+            return
         self._connections.note_idle(self, idle=False)
         self._expect(Expects.HEAD)
         self._head_bytes = self._untold_bytes = self._body_bytes = 0
@@ -443,6 +448,8 @@ class Connection(asyncio.Protocol):
         self._connections.metrics.count_refused(error.code or "other")
         if self._receiving is not None:
             self._receiving.refuse(error)
+            if len(self._exchanges) == 1:
+                self._let_go()
         elif self._exchanges:
             self._last_words = error
         else:

@@ -150,6 +150,20 @@ def test_an_answer_larger_than_the_budget_ends_with_an_error() -> None:
     assert held(server) == (0, 0)
 
 
+def test_a_large_answer_counts_while_it_is_read_slowly_and_not_below_nothing() -> None:
+    engine = FakeEngine(max_model_len=50_000, tokens_per_step=500)
+    with running(engine) as server, narrow(server) as client:
+        client.sendall(post(PATH, {"prompt": "x", "max_tokens": 10_000, "logprobs": 2}, CLOSE))
+        received, seen = client.recv(4096), set()
+        while piece := client.recv(30_000):
+            received += piece
+            seen.add(held(server)[1])
+        assert len(answers_in(received)[0].text) == 10_000
+        assert max(seen) > 100 * KIB
+        assert min(seen) >= 0
+        within(5, lambda: held(server) == (0, 0))
+
+
 def test_a_stream_that_slept_is_sent_in_pieces() -> None:
     """All that has arrived as one event would be hundreds of megabytes, and a loop that stands still."""
     engine = FakeEngine(max_model_len=50_000, tokens_per_step=5000)
