@@ -63,7 +63,7 @@ class ServerConfig:
     )
     max_header_bytes: int = field(
         default=64 * 2**10,
-        metadata={"help": "request line and headers; larger ones are answered 431", "min": 1024},
+        metadata={"help": "request line and headers, with 32 for each; more is answered 431", "min": 1024},
     )
     max_connections: int = field(
         default=4096,

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 LINGER_S = 0.5  # a refused client is still read from, or the answer might be lost in a reset
 RETRY_S = 1
 HANGUP_CHECK_S = 0.2  # of clients that shut their sending side while they wait
+HEADER_BYTES = 32  # that a header counts beside its text, as in HTTP/2: small ones take more memory than text
 MAX_PIPELINED = 16  # requests that a client may send ahead of their answers
 MIN_BODY_BYTES_PER_S = 512  # on average, once body_timeout_s has passed
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -269,7 +270,7 @@ class Connection(asyncio.Protocol):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
+        self._count(len(name) + len(value) + HEADER_BYTES)
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:

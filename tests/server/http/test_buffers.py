@@ -6,6 +6,7 @@ import gc
 import json
 import socket
 import struct
+import threading
 import time
 import tracemalloc
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from engine.messages import SequenceOutput
 from scheduler.types import Request, SamplingParams
 from server.buffers import Buffers
 from server.streams import Slot, token_bytes
+from tests.server.byte_tokenizer import ByteTokenizer
 from tests.server.fake_engine import FakeEngine, scored
 from tests.server.http.conftest import Running, running
 from tests.server.http.sockets import LAST_LIVE, answers_in, connect, head, post, read_all, send
@@ -240,6 +242,52 @@ def test_a_client_that_leaves_while_it_sends_is_499_without_a_traceback(
     assert not [record for record in records if record.exc_info or record.levelname == "ERROR"]
     lines = [record for record in records if getattr(record, "fields", {}).get("status") == 499]
     assert [record.levelname for record in lines] == ["INFO"]
+
+
+class HeldTokenizer(ByteTokenizer):
+    """Encodes once it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.busy = threading.Event(), threading.Event()
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        self.busy.set()
+        assert self.go.wait(20)
+        return super().encode(text, special=special)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text)
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (PATH, {"prompt": "x"}),
+        (PATH, {"prompt": "x", "stream": True}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/tokenize", {"prompt": "x"}),
+    ],
+)
+def test_a_client_that_leaves_while_its_prompt_is_read_is_499(
+    how: str, path: str, body: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = HeldTokenizer()
+    with running(tokenizer=tokenizer) as server, caplog.at_level("INFO", logger="octavo"):
+        client = connect(server)
+        client.sendall(post(path, body))
+        assert tokenizer.busy.wait(10)
+        if how == "reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        within(5, lambda: held(server) == (0, 0))  # it is known to be gone
+        tokenizer.go.set()
+        name = f'http_requests_total{{handler="{path}",method="POST",status="499"}}'
+        within(5, lambda: server.metrics().get(name) == 1)
+        assert server.service.admission.in_flight == 0
+        assert not server.engine.live
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_aborted_bodies_in_numbers_leave_nothing() -> None:

@@ -58,6 +58,15 @@ def test_a_head_over_the_limit_is_431(pieces: tuple[bytes, ...]) -> None:
         assert server.get("/live").status_code == 200
 
 
+def test_many_small_headers_count_for_the_memory_that_they_take() -> None:
+    with running(max_header_bytes=8192) as server:
+        few, many = (
+            head("/live", *["A: b"] * count, "Connection: close", method="GET") for count in (100, 250)
+        )
+        assert len(many) < 2048
+        assert [send(server, request)[0].status for request in (few, many)] == [200, 431]
+
+
 def test_a_body_does_not_count_as_a_head() -> None:
     with running(max_header_bytes=2048) as server:
         assert server.post("/tokenize", {"prompt": "x" * 100_000}).status_code == 200
