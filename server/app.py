@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from server.auth import ApiKeyMiddleware
 from server.errors import install_error_handlers
-from server.middleware import BodyLimitMiddleware, CallMiddleware
+from server.middleware import CallMiddleware
 from server.openapi import install_openapi
 from server.routes.chat import chat_router
 from server.routes.completions import completions_router
@@ -67,7 +67,6 @@ def create_app(service: Service) -> FastAPI:
 def _surround(app: FastAPI, service: Service) -> None:
     """The innermost first: each add_middleware wraps what is there."""
     config = service.config.server
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
     app.add_middleware(ApiKeyMiddleware, config=config)
     if config.cors_allow_origins:
         app.add_middleware(

@@ -17,6 +17,23 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class ServerConfig:
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 = any free one", "max": 65535})
+    uds: str = field(
+        default="",
+        metadata={"help": "path of a Unix socket (mode 660) to listen on, in place of host and port"},
+    )
+    ssl_certfile: str = field(
+        default="", metadata={"help": "PEM file of the certificate and its chain; empty = no TLS"}
+    )
+    ssl_keyfile: str = field(
+        default="", metadata={"help": "PEM file of its key; empty = it is in ssl_certfile"}
+    )
+    ssl_keyfile_password: str = field(
+        default="", metadata={"help": "of an encrypted ssl_keyfile", "secret": True}
+    )
+    ssl_ca_certs: str = field(
+        default="",
+        metadata={"help": "PEM file of authorities: only clients with a certificate of theirs connect"},
+    )
     served_model_name: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -43,17 +60,48 @@ class ServerConfig:
         default=("GET", "POST", "OPTIONS"), metadata={"help": "CORS methods"}
     )
     cors_allow_headers: tuple[str, ...] = field(
-        default=("authorization", "content-type"), metadata={"help": "CORS headers"}
+        default=("*",), metadata={"help": "CORS headers; * = whichever a browser asks for"}
     )
     max_body_bytes: int = field(
         default=16 * 2**20, metadata={"help": "larger bodies are answered 413", "min": 1}
     )
     max_header_bytes: int = field(
         default=64 * 2**10,
-        metadata={"help": "request line and headers; larger ones are answered 431", "min": 1024},
+        metadata={"help": "request line and headers, with 32 for each; more is answered 431", "min": 1024},
     )
     max_connections: int = field(
-        default=4096, metadata={"help": "open connections; more are answered 503 and closed", "min": 1}
+        default=4096,
+        metadata={
+            "help": "open connections; an idle one makes room for another, more are answered 503, but for "
+            "probes (/live, /health, /metrics)",
+            "min": 1,
+        },
+    )
+    max_buffered_bytes: int = field(
+        default=256 * 2**20,
+        metadata={
+            "help": "requests and answers in memory, over all connections: half for what arrives (more is "
+            "answered 503), half for output that is not read (more ends the stream that holds the most)",
+            "min": 2**16,
+        },
+    )
+    head_timeout_s: float = field(
+        default=20.0,
+        metadata={"help": "time for a connection's first byte, and from there for the head", "min": 0.001},
+    )
+    body_timeout_s: float = field(
+        default=30.0,
+        metadata={
+            "help": "time without a byte of a body, and after which it must average 512 bytes/s; else 408",
+            "min": 0.001,
+        },
+    )
+    keep_alive_timeout_s: float = field(
+        default=75.0, metadata={"help": "time that an idle connection stays open", "min": 0.001}
+    )
+    send_timeout_s: float = field(
+        default=120.0,
+        metadata={"help": "an answer of which nothing is read for this long is cut off", "min": 0.001},
     )
     max_prompts: int = field(default=128, metadata={"help": "prompts in one completion request", "min": 1})
     max_choices: int = field(default=16, metadata={"help": "upper bound of n and best_of", "min": 1})

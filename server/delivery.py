@@ -14,6 +14,7 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from server.errors import INTERNAL, ApiError
+from server.exchange import exchange_of
 from server.logs import logger
 from server.streams import Delta
 from server.wire.responses import CachedTokens, LossyDecoding, PredictedTokens, Usage, encode
@@ -64,7 +65,7 @@ async def collect(generation: Generation) -> list[Delta]:
     """All deltas of each choice folded into one, by index. Raises ApiError."""
     folded = [Delta(reader.index) for reader in generation.readers]
     texts: list[list[str]] = [[] for _ in folded]
-    async for deltas in generation.deltas():
+    async for deltas in generation.deltas(keep=True):
         for delta in deltas:
             whole = folded[delta.index]
             texts[delta.index].append(delta.text)
@@ -94,6 +95,7 @@ class EventStream(Response):
         self._release, self._keep_alive_s = release, keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._generation.when_too_much = exchange_of(scope).reset_if_unread
         try:
             with suppress(ClientLeft):
                 await unless_client_leaves(receive, self._send_all(send))

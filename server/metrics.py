@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from engine.messages import Ready, SequenceOutput, StepOutput
     from scheduler.types import Request
+    from server.buffers import Buffers
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -217,6 +218,12 @@ class Metrics:
         self._time_per_token.observe(decode_s / max(1, times.num_tokens - 1))
         self._inference.observe(times.last_token_s - started)
 
+    def show_buffers(self, buffers: Buffers) -> None:
+        """Read when somebody asks."""
+        incoming, outgoing = buffers.incoming, buffers.outgoing
+        self._buffered.labels(self._model, "in").set_function(lambda: incoming.num_bytes)
+        self._buffered.labels(self._model, "out").set_function(lambda: outgoing.num_bytes)
+
     # Declarations
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -265,6 +272,12 @@ class Metrics:
         )
         for reason in REASONS:
             self._refused.labels(self._model, reason)
+        self._buffered = Gauge(
+            "octavo:buffered_bytes",
+            "Bytes of requests that are not accepted yet (in) and of output that is not sent (out).",
+            ["model_name", "direction"],
+            registry=self.registry,
+        )
         self._http = Counter(
             "http_requests",
             "HTTP requests, by route template, method and status (499: the client left).",

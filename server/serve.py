@@ -18,8 +18,9 @@ import uvicorn
 from engine.client import EngineDead
 from server import logs
 from server.app import create_app
-from server.connections import bounded_http
-from server.listener import is_loopback, url_of
+from server.connection import Connection
+from server.connections import Connections
+from server.listener import is_loopback, tls_context, url_of
 
 if TYPE_CHECKING:
     import socket
@@ -35,7 +36,23 @@ EXIT_OK, EXIT_FAILED = 0, 1
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn without its own signal handling, which would close the socket before the drain."""
+    """uvicorn without its own signal handling, which would close the socket before the drain, and with
+    our connections."""
+
+    def __init__(self, config: uvicorn.Config, connections: Connections) -> None:
+        super().__init__(config)
+        self.connections = connections
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await self.lifespan.startup()
+        self.should_exit = self.should_exit or self.lifespan.should_exit
+        loop = asyncio.get_running_loop()
+        self.servers = [await loop.create_server(self._connection, sock=each) for each in sockets or []]
+        self.started = True
+
+    def _connection(self) -> Connection:
+        app, state = self.config.loaded_app, dict(self.lifespan.state)
+        return Connection(self.connections, app, self.server_state, state)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -52,7 +69,9 @@ async def serve(service: Service, config: Config, listener: socket.socket) -> in
     stop, at_once = asyncio.Event(), asyncio.Event()
     http = http_server(service)
     with _signals(stop, at_once):
-        logs.info("listening", url=url_of(listener), model=service.model_name)
+        logs.info(
+            "listening", url=url_of(listener, tls=http.connections.tls is not None), model=service.model_name
+        )
         _warn_if_open(listener, config.server)
         _say_defaults(service)
         http_task = asyncio.create_task(http.serve(sockets=[listener]))
@@ -127,7 +146,7 @@ def http_server(service: Service) -> HttpServer:
     return HttpServer(
         uvicorn.Config(
             create_app(service),
-            http=bounded_http(limits.max_header_bytes, limits.max_connections),  # type: ignore[arg-type]
+            http=Connection,  # made by HttpServer
             loop="asyncio",
             log_config=None,
             access_log=False,
@@ -135,7 +154,8 @@ def http_server(service: Service) -> HttpServer:
             lifespan="on",
             ws="none",
             timeout_graceful_shutdown=HTTP_SHUTDOWN_S,
-        )
+        ),
+        Connections(limits, service.buffers, service.metrics, tls_context(limits)),
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from scheduler.types import Request
 from server import logs
 from server.admission import Admission
+from server.buffers import Buffers
 from server.chat_templates import check_named_file, load_templates
 from server.decoding import decoding_of
 from server.errors import ApiError, unavailable
@@ -68,6 +69,7 @@ class Job:
     logprobs: int | None
     prompt_logprobs: int | None = None
     discard_output: bool = False
+    renders: bool = False  # a chat template
 
 
 @dataclass
@@ -87,11 +89,15 @@ class Service:
         self.version = octavo_version()
         self.created_s = int(time.time())
         self.metrics = Metrics(self.model_name)
+        self.buffers = Buffers(server.max_buffered_bytes)
+        self.metrics.show_buffers(self.buffers)
         self.admission = Admission(
             scheduler.max_queued_requests + scheduler.max_num_seqs,
             tenants=TenantLimits(server.max_tenant_requests, server.tenant_tokens_per_minute),
         )
         self.threads = TextThreads(server.num_text_threads, server.max_waiting_text_jobs)
+        # Of their own for what renders a template: one that is slow must not hold up who needs none.
+        self.rendering = TextThreads(server.num_text_threads, server.max_waiting_text_jobs)
         self._active: set[Generation] = set()
         self._known_ready: Ready | None = None
         self._last_step_s = 0.0
@@ -173,7 +179,8 @@ class Service:
         arrival_s = time.monotonic()
         ticket = self._reserve(job)
         try:
-            prompts, sampling = await self.threads.run(lambda: self._prepare(job))
+            threads = self.rendering if job.renders else self.threads
+            prompts, sampling = await threads.run(lambda: self._prepare(job))
             self.check_ready()
             generation = Generation(
                 self._requests(job, prompts, sampling, arrival_s),
@@ -182,6 +189,7 @@ class Service:
                 tokenizer=self.tokenizer,
                 metrics=self.metrics,
                 ticket=ticket,
+                outgoing=self.buffers.outgoing,
                 keep_text=self.config.server.log_prompts,
                 reports_drafts=bool(job.body.decoding and job.body.decoding.report),
             )
@@ -300,7 +308,7 @@ class Service:
         if self.template is None:
             return
         try:
-            await self.threads.run(self.template.check)
+            await self.rendering.run(self.template.check)
         except (TemplateError, TemplateUnavailable) as error:
             logs.log(logging.ERROR, "chat template fails", cause=str(error))
 

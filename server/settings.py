@@ -41,6 +41,11 @@ HIDDEN = "<hidden>"  # stands for a secret in a printed configuration; refused w
 
 _SUFFIXES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _NUMBER = re.compile(r"([+-]?[0-9_]*\.?[0-9_]*)\s*([kmgt]?)(?:i?b)?")
+_SERVICE_HOST = "_SERVICE_HOST"
+_OF_SERVICE = re.compile(
+    r"_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?", re.ASCII
+)
+_SERVICE_URL = re.compile(r"(?:tcp|udp|sctp)://.+:\d+")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True}
 _BOOLEANS |= {"0": False, "false": False, "no": False, "off": False}
 
@@ -93,13 +98,15 @@ def resolve(
 
     Raises SettingsError, naming the setting, for an unknown one or a value that it cannot have.
     """
-    values: dict[str, object] = {}
-    origins: dict[str, str] = {}
     environment, warnings = _from_environment(environ)
     sources = _from_toml(toml_path) if toml_path else []
-    for setting, raw, origin in [*sources, *environment, *_from_flags(flags)]:
-        values[setting.name] = parse(setting, raw, origin)
-        origins[setting.name] = origin
+    # The last one wins; a value that does not is not judged either.
+    given = {
+        setting.name: (setting, raw, origin)
+        for setting, raw, origin in [*sources, *environment, *_from_flags(flags)]
+    }
+    values = {name: parse(*value) for name, value in given.items()}
+    origins = {name: origin for name, (_, _, origin) in given.items()}
     return Resolved(_compose(values), origins, tuple(warnings))
 
 
@@ -201,17 +208,34 @@ def _in_section(path: Path, section: str, name: str) -> Setting:
 
 
 def _from_environment(environ: Mapping[str, str]) -> tuple[list[tuple[Setting, object, str]], list[str]]:
-    """An empty variable counts as unset: compose files cannot leave one out."""
+    """An empty variable counts as unset: compose files cannot leave one out. So does what Kubernetes puts
+    there for a Service whose name begins with octavo."""
     by_variable = {setting.variable: setting for setting in SETTINGS.values()}
+    services = [name.removesuffix(_SERVICE_HOST) for name in environ if name.endswith(_SERVICE_HOST)]
     found: list[tuple[Setting, object, str]] = []
-    warnings = []
+    warnings, links = [], []
     for variable, raw in environ.items():
-        if setting := by_variable.get(variable):
-            if raw:
-                found.append((setting, raw, f"environment {variable}"))
-        elif variable.startswith(ENVIRONMENT_PREFIX) and variable not in OTHER_VARIABLES:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in OTHER_VARIABLES:
+            continue
+        setting = by_variable.get(variable)
+        if _is_service_link(variable, raw, services, known=setting is not None):
+            links.append(variable)
+        elif setting is None:
             warnings.append(f"environment variable {variable} is no setting{nearest(variable, by_variable)}")
+        elif raw:
+            found.append((setting, raw, f"environment {variable}"))
+    if links:
+        warnings.append(f"skipped what Kubernetes tells of a Service: {', '.join(sorted(links))}")
     return found, warnings
+
+
+def _is_service_link(variable: str, raw: str, services: Iterable[str], *, known: bool) -> bool:
+    """NAME_PORT=tcp://10.0.0.1:80, and what stands beside it: NAME_SERVICE_HOST and its like. Where the
+    name is also a setting's only such a value counts: a pod may set OCTAVO_PORT beside the link."""
+    if variable.endswith("_PORT") and _SERVICE_URL.fullmatch(raw):
+        return True
+    rests = (variable.removeprefix(name) for name in services if variable.startswith(name))
+    return not known and any(_OF_SERVICE.fullmatch(rest) for rest in rests)
 
 
 def _from_flags(flags: Mapping[str, object]) -> list[tuple[Setting, object, str]]:

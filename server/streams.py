@@ -1,8 +1,8 @@
 """From the engine's tokens to text: one mailbox per request, one merging slot and one reader per choice.
 
-The sink only merges; everything that costs time happens in the consumer. So a slow client costs at
-most its own max_tokens, and what a choice says does not depend on how its tokens were bundled: the
-reader goes token by token.
+The sink only merges; everything that costs time happens in the consumer, piece by piece. What a choice
+says does not depend on how its tokens were bundled: the reader goes token by token. What nobody has
+fetched yet counts in the budget of `server.buffers`, beyond which the largest holder is ended.
 """
 
 from __future__ import annotations
@@ -20,14 +20,34 @@ from server.refusals import Refusal, engine_error
 from server.stops import StopMatcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from engine.client import EngineClient
     from engine.messages import SequenceOutput, TokenLogprobs
     from scheduler.types import Request
     from server.admission import Ticket
+    from server.buffers import Outgoing
     from server.metrics import Metrics
     from server.tokenizer import Tokenizer
+
+MAX_READ_TOKENS = 256  # of a choice at once: a few milliseconds, with 20 alternatives each
+# Of what is held per token, per alternative of its log-probabilities; measured, see the test
+TOKEN_BYTES, LOGPROBS_BYTES, ALTERNATIVE_BYTES = 128, 256, 120
+TOO_MUCH_OUTPUT = ApiError(
+    503,
+    "The server holds as much unsent output as it may, and most of it is this one's.",
+    code="buffers_full",
+)
+
+
+def _nothing() -> None: ...
+
+
+def token_bytes(request: Request) -> int:
+    """What a token of the request takes until it is sent."""
+    wanted = (request.sampling.logprobs, request.sampling.prompt_logprobs)
+    counts = [count for count in wanted if count is not None]
+    return TOKEN_BYTES + (LOGPROBS_BYTES + ALTERNATIVE_BYTES * max(counts) if counts else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +101,12 @@ class Slot:
         self.logprobs.extend(output.logprobs or ())
         self.finish = output.finish
         self.stop_token = output.stop_token
+
+    def take(self, count: int) -> Slot:
+        """The first tokens, out of more than these: how the choice ended stays with the last."""
+        first = Slot(self.tokens[:count], self.drafts[:count], self.logprobs[:count])
+        del self.tokens[:count], self.drafts[:count], self.logprobs[:count]
+        return first
 
 
 class ChoiceReader:
@@ -198,6 +224,7 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: Metrics,
         ticket: Ticket,
+        outgoing: Outgoing,
         keep_text: bool = False,
         reports_drafts: bool = False,
     ) -> None:
@@ -219,6 +246,12 @@ class Generation:
         self._failure: ApiError | None = None
         self._client, self._metrics, self._ticket = client, metrics, ticket
         self._closed = False
+        # What arrived and was not fetched, and what was fetched since the last `deltas`: it is being sent.
+        self.backlog = outgoing.open(self._end_for_room)
+        self.when_too_much: Callable[[], None] = _nothing  # for a reader that would not see the error
+        self._token_bytes = token_bytes(requests[0])
+        self._num_fetched_bytes = 0
+        self._has_more = False  # in the slots: a reader takes only so much at once
 
     def start(self) -> None:
         for request in self.requests:
@@ -233,11 +266,13 @@ class Generation:
         index = number * self.num_choices + output.index
         if output.prompt_logprobs:
             self.prompt_logprobs[number].extend(output.prompt_logprobs)
+            self.backlog.add(len(output.prompt_logprobs) * self._token_bytes)
         if output.tokens and number not in self._cached_known:
             self._cached_known.add(number)
             self.num_cached += output.num_cached
         if self.readers[index].finish is None:
             self._slots.setdefault(index, Slot()).merge(output)
+            self.backlog.add(len(output.tokens) * self._token_bytes)
         if output.tokens:
             self._ticket.charge(len(output.tokens))
         if output.finish is not None:
@@ -261,10 +296,18 @@ class Generation:
         self._failure = self._failure or error
         self._news.set()
 
-    async def deltas(self, silence_s: float = 0.0) -> AsyncIterator[list[Delta]]:
+    def _end_for_room(self) -> None:
+        self.fail(TOO_MUCH_OUTPUT)
+        self.when_too_much()
+
+    async def deltas(self, silence_s: float = 0.0, *, keep: bool = False) -> AsyncIterator[list[Delta]]:
         """News until every choice has ended; an empty list after each silence. Raises ApiError: that of a
-        failure, or the 504 if the deadline came before any token."""
+        failure, or the 504 if the deadline came before any token. `keep`: nothing is sent before the end,
+        so everything counts as held until `close`."""
         while self._unfinished:
+            if not keep:
+                self.backlog.add(-self._num_fetched_bytes)
+            self._num_fetched_bytes = 0
             silent = await self._wait(silence_s)
             if self._failure is not None:
                 raise self._failure
@@ -279,6 +322,7 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        self.backlog.close()
         for request in self.requests:
             self._client.abort(request.request_id)
             self._metrics.end(request.request_id)
@@ -311,6 +355,10 @@ class Generation:
 
     async def _wait(self, silence_s: float) -> bool:
         """Sleep until there is news or the deadline passed; True if it was silent for `silence_s`."""
+        if self._has_more:
+            self._has_more = False
+            await asyncio.sleep(0)  # others have their turn
+            return False
         deadline_s = self.requests[0].deadline_s
         until_deadline = None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
         waits = [wait for wait in (silence_s or None, until_deadline) if wait is not None]
@@ -335,18 +383,29 @@ class Generation:
     def _read(self) -> list[Delta]:
         deltas = []
         for index in [index for index in self._slots if self._prompt_is_scored(index)]:
-            reader, slot = self.readers[index], self._slots.pop(index)
+            reader, slot = self.readers[index], self._take_slot(index)
+            self._num_fetched_bytes += self._token_bytes * len(slot.tokens)
             delta = reader.read(slot)
             if delta.finish is not None:
+                rest = self._slots.pop(index, Slot())  # behind a stop string
+                self._num_fetched_bytes += self._token_bytes * len(rest.tokens)
                 self._unfinished -= 1
                 number, choice = divmod(index, self.num_choices)
                 self._metrics.finish(self.requests[number].request_id, choice, delta.finish)
-                if slot.finish is None:  # the stop string was found here: the engine does not know
+                if slot.finish is None and rest.finish is None:  # a stop string: the engine does not know
                     self._abort(index, natural=True)
             if self._keep_text:
                 self.texts[index] = self.texts.get(index, "") + delta.text
             deltas.append(delta)
         return deltas
+
+    def _take_slot(self, index: int) -> Slot:
+        """What is read at once of a choice: all that arrived, unless that is much."""
+        slot = self._slots[index]
+        if len(slot.tokens) <= MAX_READ_TOKENS:
+            return self._slots.pop(index)
+        self._has_more = True
+        return slot.take(MAX_READ_TOKENS)
 
     def _abort(self, index: int, *, natural: bool = False) -> None:
         number, choice = divmod(index, self.num_choices)

@@ -126,10 +126,14 @@ def serve(config: Config) -> int:
 
 
 def _listen(config: ServerConfig) -> socket.socket:
-    from server.listener import bind
+    from server.listener import TlsError, listen, tls_context
 
     try:
-        return bind(config.host, config.port)
+        tls_context(config)  # made again where it is used
+        return listen(config)
+    except TlsError as error:
+        raise CommandError(str(error)) from None
     except OSError as error:
         cause = error.strerror or str(error)
-        raise CommandError(f"cannot listen on {config.host}:{config.port}: {cause}") from None
+        where = config.uds or f"{config.host}:{config.port}"
+        raise CommandError(f"cannot listen on {where}: {cause}") from None

@@ -98,6 +98,7 @@ def _job(service: Service, tenant: str, body: ChatRequest) -> Job:
         num_prompts=1,
         num_choices=body.n or 1,
         read_prompts=lambda reader: [reader.read_chat(body)],
+        renders=True,
         max_tokens=_max_tokens(body),
         default_max_tokens=service.defaults.max_new_tokens,
         max_tokens_param=_max_tokens_param(body),

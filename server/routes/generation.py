@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from server import logs
 from server.delivery import ClientLeft, EventStream, collect, json_response, unless_client_leaves
+from server.exchange import exchange_of
 from server.middleware import call_of
 from server.wire.body import ignored_fields
 
@@ -61,6 +62,7 @@ async def answer(
     headers: dict[str, str],
 ) -> Response:
     """Wait for the end, or for the client to leave. A large answer is put together in a worker thread."""
+    exchange_of(request.scope).accept()
     try:
         folded = await unless_client_leaves(request.receive, collect(generation))
         num_tokens = generation.num_output_tokens + sum(map(len, generation.prompt_logprobs))
@@ -83,6 +85,7 @@ def stream(
     last: Callable[[], Iterable[object]],
     headers: dict[str, str],
 ) -> Response:
+    exchange_of(request.scope).accept()
     return EventStream(
         generation,
         chunks_of,

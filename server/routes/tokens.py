@@ -15,7 +15,8 @@ from server.errors import invalid
 from server.logprobs import token_text
 from server.openapi import described
 from server.prompt_reader import check_token_ids
-from server.wire.body import check_content_type, parse_body
+from server.routes.bodies import read_body
+from server.wire.body import parse_body
 from server.wire.requests import DetokenizeRequest, TokenizeRequest
 from server.wire.responses import Text, TokenizerInfo, Tokens
 
@@ -28,15 +29,13 @@ def tokens_router(service: Service) -> APIRouter:
 
     @router.post("/tokenize", **described(TokenizeRequest, Tokens))
     async def tokenize(request: Request) -> Response:
-        check_content_type(request)
-        raw = await request.body()
-        return await service.threads.run_bounded(partial(_tokenize, service, raw))
+        body = await read_body(request, service, partial(_to_tokenize, service), max_loop_bytes=-1)
+        threads = service.threads if body.messages is None else service.rendering
+        return await threads.run_bounded(partial(_tokenize, service, body))
 
     @router.post("/detokenize", **described(DetokenizeRequest, Text))
     async def detokenize(request: Request) -> Response:
-        check_content_type(request)
-        raw = await request.body()
-        return await service.threads.run_bounded(partial(_detokenize, service, raw))
+        return await read_body(request, service, partial(_detokenize, service), max_loop_bytes=-1)
 
     @router.get("/tokenizer_info", **described(None, TokenizerInfo))
     async def tokenizer_info() -> Response:
@@ -58,11 +57,15 @@ def tokens_router(service: Service) -> APIRouter:
     return router
 
 
-def _tokenize(service: Service, raw: bytes) -> Response:
+def _to_tokenize(service: Service, raw: bytes) -> TokenizeRequest:
     body = parse_body(raw, TokenizeRequest, service.config.server.max_json_depth)
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise invalid("Give either prompt or messages.", "prompt")
+    return body
+
+
+def _tokenize(service: Service, body: TokenizeRequest) -> Response:
     ids = service.prompt_reader().read_tokenize(body)
     answer = Tokens(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
     if body.return_token_strs:

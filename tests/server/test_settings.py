@@ -165,6 +165,55 @@ def test_unknown_variables_only_warn_and_empty_ones_are_unset() -> None:
     assert resolved.warnings == ("environment variable OCTAVO_PROT is no setting; did you mean OCTAVO_PORT?",)
 
 
+def test_a_value_that_another_overrides_is_not_judged(tmp_path: Path) -> None:
+    path = toml(tmp_path, "[server]\nport = 'none'\nhost = 3\n")
+    resolved = resolve({"port": "3"}, {"OCTAVO_PORT": "x", "OCTAVO_HOST": "::1", "OCTAVO_MODEL": "m"}, path)
+    assert (resolved.config.server.port, resolved.config.server.host) == (3, "::1")
+    with pytest.raises(SettingsError, match="port must be a whole number"):
+        load({}, {"OCTAVO_PORT": "x"}, path)
+
+
+def link(service: str, port: int, protocol: str = "tcp", address: str = "10.0.0.1") -> dict[str, str]:
+    """What Kubernetes puts into every container's environment for a Service."""
+    name, url = service.upper().replace("-", "_"), f"{protocol}://{address}:{port}"
+    base = f"{name}_PORT_{port}_{protocol.upper()}"
+    return {
+        f"{name}_SERVICE_HOST": address,
+        f"{name}_SERVICE_PORT": str(port),
+        f"{name}_SERVICE_PORT_HTTP_MAIN": str(port),
+        f"{name}_PORT": url,
+        base: url,
+        f"{base}_PROTO": protocol,
+        f"{base}_PORT": str(port),
+        f"{base}_ADDR": address,
+    }
+
+
+SERVICES = ["octavo", "octavo-host", "octavo-port", "octavo-max-num-seqs", "octavo-config", "octavo-service"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize(
+    ("protocol", "address"), [("tcp", "10.0.0.1"), ("udp", "fd00::1"), ("sctp", "1.2.3.4")]
+)
+def test_a_service_of_kubernetes_is_no_setting(service: str, protocol: str, address: str) -> None:
+    environ = link(service, 8000, protocol, address)
+    resolved = resolve({}, environ)
+    assert resolved.config == Config()
+    [warning] = resolved.warnings
+    assert all(variable in warning for variable in environ)
+
+
+def test_a_setting_beside_a_service_of_its_name_is_one() -> None:
+    environ = link("octavo", 8000) | {"OCTAVO_PORT": "9000"}
+    assert load({}, environ).server.port == 9000
+    assert load({"port": "9001"}, link("octavo", 8000)).server.port == 9001
+    with pytest.raises(SettingsError, match="port must be a whole number"):
+        load({}, {"OCTAVO_PORT": "http://10.0.0.1:8000"})
+    resolved = resolve({}, {"OCTAVO_HTTP_PORT": "8000"})
+    assert resolved.warnings[0].startswith("environment variable OCTAVO_HTTP_PORT is no setting")
+
+
 @pytest.mark.parametrize("names", ["a", "a,b,c", "a,,b,c", ["a", ""]])
 def test_there_is_a_name_for_every_key_or_none(names: object) -> None:
     with pytest.raises(SettingsError, match="api_key_names must name every key of api_keys"):

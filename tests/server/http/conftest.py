@@ -17,7 +17,7 @@ from scheduler.config import SchedulerConfig
 from server.chat_messages import TemplateTraits, fit_messages
 from server.config import Config, ServerConfig
 from server.generation_defaults import GenerationDefaults
-from server.listener import bind, url_of
+from server.listener import listen, url_of
 from server.serve import http_server
 from server.service import Service
 from tests.server.byte_tokenizer import EOS, ByteTokenizer
@@ -101,7 +101,7 @@ def make_service(
 ) -> Service:
     of_engine = {name: settings.pop(name) for name in ("decoding", "drafter") if name in settings}
     config = Config(
-        server=ServerConfig(**settings),
+        server=ServerConfig(**{"port": 0, **settings}),
         engine=EngineConfig(scheduler=SchedulerConfig(policy=policy), **of_engine),
     )
     checkpoint = SimpleNamespace(
@@ -132,12 +132,19 @@ def running(
         service = make_service(fake, tokenizer, **settings)
         if capacity is not None:
             service.admission.capacity = capacity
-        listener = bind("127.0.0.1", 0)
+        listener = listen(service.config.server)
         server = http_server(service)
         server.config.timeout_graceful_shutdown = 1
         if start_engine:
             await fake.start()
-        box.append(Running(url_of(listener), service, fake, asyncio.get_running_loop()))
+        box.append(
+            Running(
+                url_of(listener, tls=server.connections.tls is not None),
+                service,
+                fake,
+                asyncio.get_running_loop(),
+            )
+        )
         stop.append(lambda: setattr(server, "should_exit", True))
         started.set()
         try:

@@ -158,6 +158,7 @@ def test_per_token_cost_of_the_server_is_small() -> None:
 
     from scheduler.types import Request, SamplingParams
     from server.admission import Admission
+    from server.buffers import Buffers
     from server.delivery import event
     from server.routes.chat import ChatView
     from server.streams import Generation, TextOptions
@@ -180,6 +181,7 @@ def test_per_token_cost_of_the_server_is_small() -> None:
             tokenizer=ByteTokenizer(),  # type: ignore[arg-type]
             metrics=Metrics("m"),
             ticket=Admission(10).reserve("", 1),
+            outgoing=Buffers(2**20).outgoing,
         )
         view = ChatView(service, body, generation)
         generation.start()

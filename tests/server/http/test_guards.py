@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.byte_tokenizer import ByteTokenizer
 from tests.server.fake_engine import FakeEngine
-from tests.server.http.conftest import Running, running
+from tests.server.http.conftest import PlainTemplate, Running, running
+from tests.server.http.sockets import connect
 from tests.server.http.test_bad_input import check_envelope
 from tests.server.http.test_disconnect import within
 
@@ -78,14 +79,49 @@ def test_cors_preflight_passes_without_a_key() -> None:
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
+ASKED = (  # the headers of openai-node, and of siblings
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout",
+    "authorization,content-type,openai-organization,openai-project,openai-beta,user-agent",
+    "anthropic-dangerous-direct-browser-access,anthropic-version,x-api-key,x-request-id,idempotency-key",
+)
+
+
+@pytest.mark.parametrize("headers", ASKED)
+@pytest.mark.parametrize("origin", ["https://a.example", "*"])
+def test_a_browsers_sdk_passes_the_preflight_with_only_origins_set(headers: str, origin: str) -> None:
+    with running(api_keys=("k",), cors_allow_origins=(origin,)) as server, server.client() as client:
+        asked = {
+            "origin": "https://a.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": headers,
+        }
+        allowed = client.options("/v1/chat/completions", headers=asked)
+        assert allowed.status_code == 200
+        assert set(headers.split(",")) <= set(allowed.headers["access-control-allow-headers"].split(","))
+        assert allowed.headers["access-control-allow-origin"] == origin
+        answer = client.get("/v1/models", headers={"origin": "https://a.example"})
+        assert answer.status_code == 401  # which the page may read as well
+        assert answer.headers["access-control-allow-origin"] == origin
+        exposed = answer.headers["access-control-expose-headers"]
+        assert {"x-request-id", "retry-after", "x-octavo-ignored-fields"} <= set(exposed.split(", "))
+
+
+def test_headers_may_be_named_one_by_one() -> None:
+    settings = {"cors_allow_origins": ("*",), "cors_allow_headers": ("authorization", "content-type")}
+    with running(**settings) as server, server.client() as client:
+        for headers, status in (("authorization,content-type", 200), ("authorization,x-other", 400)):
+            asked = {
+                "origin": "https://a.example",
+                "access-control-request-method": "POST",
+                "access-control-request-headers": headers,
+            }
+            assert client.options("/v1/completions", headers=asked).status_code == status
+
+
 def test_no_cors_by_default(server: Running) -> None:
     answer = server.get("/v1/models", headers={"origin": "https://a.example"})
     assert "access-control-allow-origin" not in answer.headers
-
-
-def connect(server: Running) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=5)
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -162,6 +198,39 @@ def test_text_jobs_wait_in_a_bounded_queue() -> None:
         assert check_envelope(refused.json())["code"] == "text_queue_full"
         assert int(refused.headers["retry-after"]) >= 1
         assert server.post("/tokenize", {"prompt": "x"}).status_code == 200
+
+
+def test_slow_chat_templates_hold_up_chats_alone() -> None:
+    held = ByteTokenizer()
+
+    class HeldTemplate(PlainTemplate):
+        go = threading.Event()
+
+        def encode(self, *args: Any, **options: Any) -> tuple[str, list[int]]:
+            assert self.go.wait(20)
+            return super().encode(*args, **options)
+
+    template = HeldTemplate()
+    messages = {"messages": [{"role": "user", "content": "x"}]}
+    with running(tokenizer=held, num_text_threads=2) as server:
+        server.service.template = template  # type: ignore[assignment]
+        paths = ["/v1/chat/completions", "/tokenize"] * 4
+        answers: list[httpx.Response] = []
+        chats = [
+            threading.Thread(target=lambda path=path: answers.append(server.post(path, messages)))
+            for path in paths
+        ]
+        for chat in chats:
+            chat.start()
+        within(10, lambda: server.service.rendering._jobs == len(paths))
+        assert server.complete(max_tokens=3)["choices"][0]["text"] == "abc"
+        assert server.post("/tokenize", {"prompt": "x"}).json()["count"] == 1
+        large = {"prompt": "x", "max_tokens": 1, "user": "", "metadata": {"a": "b" * 100_000}}
+        assert server.post("/v1/completions", large).status_code == 200
+        template.go.set()
+        for chat in chats:
+            chat.join()
+        assert [answer.status_code for answer in answers] == [200] * len(paths)
 
 
 def test_not_ready_until_the_engine_is() -> None:

@@ -125,13 +125,13 @@ def by_definition(
     for number, token in enumerate(ids, start=1):
         places.append(len(chars))
         ending = stopped and number == len(ids) and not options.include_stop
-        shown = "" if ending else detokenizer.push((token,))
-        if number == len(ids):
-            shown += detokenizer.flush()
+        shown = detokenizer.flush() if ending else detokenizer.push((token,))
         chars += [(char, True, number) for char in shown]
         if ending or (options.skip_special and TOKENIZER.is_special(token)):
             hidden = TOKENIZER.token_bytes(token).decode("utf-8", "replace")
             chars += [(char, False, number) for char in hidden]
+    # A character that a special token cuts in two comes after it.
+    chars += [(char, True, len(ids)) for char in detokenizer.flush()]
     whole = "".join(char for char, _, _ in chars)
     for end in range(1, len(chars) + 1):
         found = [stop for stop in options.stops if whole[:end].endswith(stop)]
