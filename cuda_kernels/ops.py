@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Raise it with every change after which the same tokens may get keys and values of other bits: another kernel
 # in `pick`, another order of sums, block or padding in one, another order of operations in the transformer.
 # Then KV pages that were written to disk before are not mixed with new ones, and costs are measured again.
-ARITHMETIC_VERSION: Final = 4
+ARITHMETIC_VERSION: Final = 5
 
 
 class AttentionPlan(Protocol):
