@@ -1,10 +1,11 @@
 # Everything is set up by the first target that needs it:  make serve | make test
 #
 #   make serve MODEL=… ARGS="--port 9000"    make bench RESULT=result.json
-#   PYTHON=…  the interpreter for .venv      TORCH=…  what pip installs torch from (docker/install.sh)
+#   PYTHON=…  the interpreter for .venv      TORCH=…  what pip installs torch from; by default CUDA's where
+#   there is an NVIDIA driver, else torch without CUDA (docker/install.sh)
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
 MODEL ?=
 ARGS ?=
 # Two files at a time, each on one worker, so that what a module's fixture started is started once; in the
