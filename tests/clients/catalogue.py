@@ -26,7 +26,7 @@ class Call:
 
 CLIENTS = (
     Client("openai", ("openai==3.57.0",), "use_openai.py"),
-    Client("openai-node", ("openai@7.59.0",), "use_openai.mjs"),
+    Client("openai-node", ("openai@6.49.0",), "use_openai.mjs"),
     Client("anthropic", ("anthropic==2.14.0",), "use_anthropic.py"),
     Client("langchain-openai", ("langchain-openai==1.7.4",), "use_langchain.py"),
     Client("litellm", ("litellm==1.110.2",), "use_litellm.py"),
@@ -40,8 +40,8 @@ CLIENTS = (
     Client("smolagents", ("smolagents[openai]==1.26.0",), "use_smolagents.py"),
     Client("dspy", ("dspy==3.4.1",), "use_dspy.py"),
     Client("semantic-kernel", ("semantic-kernel==1.45.0",), "use_semantic_kernel.py"),
-    Client("ai-sdk", ("ai@7.0.173", "@ai-sdk/openai-compatible@3.0.92", "zod@4"), "use_ai_sdk.mjs"),
-    Client("langchain-js", ("@langchain/openai@1.6.0", "@langchain/core@1"), "use_langchain.mjs"),
+    Client("ai-sdk", ("ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"), "use_ai_sdk.mjs"),
+    Client("langchain-js", ("@langchain/openai@1.5.8", "@langchain/core@1.4.0"), "use_langchain.mjs"),
 )
 
 CALLS = (

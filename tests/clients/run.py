@@ -1,8 +1,8 @@
 """Tries Octavo with the clients that people have: `make clients`, or `make clients CLIENTS=openai,anthropic`.
 
 Each client is installed into an environment of its own in `.clients/`, and its script is run there against a
-server that is started for it; what either says is in `.clients/NAME.log`. A run of all clients writes the table of
-verdicts into README.md beside this file; a run of some only prints it. The exit status is 1 where something FAILS.
+server that is started for it; what they say is in `.clients/NAME.log`. A run of all clients writes the table
+of verdicts into README.md beside this file; a run of some only prints it. Status 1: something FAILS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -33,8 +33,8 @@ README = FOLDER / "README.md"
 BEGIN, END = "<!-- verdicts: make clients -->\n", "<!-- end of verdicts -->"
 ENVIRONMENTS = ROOT / ".clients"
 KEY = "sesame"
-INSTALL_TIMEOUT_S = 1200
-SCRIPT_TIMEOUT_S = 1800  # of all calls of a client; one call's is in scripts/calls.py
+INSTALL_TIMEOUT_S = 1200  # of each step
+SCRIPT_TIMEOUT_S = 1800  # of all calls of a client; scripts/calls.py bounds each
 
 
 class CannotBeInstalled(Exception):
@@ -49,110 +49,128 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one client; without verdicts where it could not be installed."""
+    """What came of one client: verdicts by call, or why there are none."""
 
     client: Client
     version: str = ""
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)
-    not_installed: str = ""
+    trouble: str = ""
 
     @property
-    def fails(self) -> bool:
-        return any(verdict.word == "FAILS" for verdict in self.verdicts.values())
+    def failures(self) -> list[str]:
+        told = [(name, verdict.detail) for name, verdict in self.verdicts.items() if verdict.word == "FAILS"]
+        of_calls = [f"{self.client.name}, `{name}`: {' '.join(detail.split())}" for name, detail in told]
+        return of_calls or ([f"{self.client.name}: {self.trouble}"] if self.trouble else [])
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("clients", nargs="?", default="", help="names, separated by commas; none = all")
-    names = [name for name in arguments.parse_args().clients.split(",") if name]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clients", nargs="?", default="", help="names, separated by commas; none = all")
+    names = [name.strip() for name in parser.parse_args().clients.split(",") if name.strip()]
     known = {client.name: client for client in CLIENTS}
     if unknown := [name for name in names if name not in known]:
-        arguments.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
     results = []
     for client in [known[name] for name in names] or CLIENTS:
         print(f"{client.name} ", end="", flush=True)
         results.append(examine(client))
         print(summary(results[-1]), flush=True)
-    print("\n" + report(results))
+    print(f"\n{report(results)}")
     if not names:
         README.write_text(with_report(README.read_text(encoding="utf-8"), report(results)), encoding="utf-8")
-        print(f"written into {README.relative_to(ROOT)}")
-    return int(any(result.fails or result.not_installed for result in results))
+        print(f"Written into {README.relative_to(ROOT)}.")
+    return int(any(result.failures for result in results))
 
 
 def examine(client: Client) -> Result:
-    """Installs the client and tries it against a server of its own."""
+    """Installs the client and tries it. Nothing that happens to it keeps the next one from its turn."""
+    log = ENVIRONMENTS / f"{client.name}.log"
     try:
-        command = install(client)
+        command = install(client, log)
+        with Daemon("--api-keys", KEY) as daemon:
+            return try_calls(client, command, environment_for(daemon.url), log)
     except CannotBeInstalled as error:
-        return Result(client, not_installed=str(error))
-    with Daemon("--api-keys", KEY) as daemon:
-        return try_calls(client, command, daemon.url, log_of(client))
+        return Result(client, trouble=f"is not installed: {error}")
+    except Exception as error:  # a server that does not start, a script that breaks its word
+        return Result(client, trouble=f"is not tried: {type(error).__name__}: {error}")
 
 
-def try_calls(client: Client, command: Sequence[str], url: str, log: Path) -> Result:
-    """Runs the client's script in its environment: what it says becomes verdicts, and what it leaves out FAILS."""
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "OCTAVO_"))
-    }
-    environment.pop("PYTHONPATH", None)
-    headers = {"Authorization": f"Bearer {KEY}"}
-    model = httpx.get(f"{url}/v1/models", headers=headers, timeout=30).json()["data"][0]["id"]
-    environment |= ENVIRONMENT | {
-        "CLIENT_URL": f"{url}/v1",
-        "CLIENT_KEY": KEY,
-        "CLIENT_MODEL": model,
-        "CLIENT_TOKENIZER": str(tokenizer_folder()),
-    }
-    said, ended = run_bounded(command, log, SCRIPT_TIMEOUT_S, environment)
+def try_calls(
+    client: Client,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path,
+    timeout_s: float = SCRIPT_TIMEOUT_S,
+) -> Result:
+    """What the client's script says, as verdicts. What it announces and then does not say FAILS."""
+    said, ended = run_bounded(command, log, timeout_s, environment)
     lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"')]
     if not lines or "calls" not in lines[0]:
-        return Result(
-            client, verdicts={call.name: Verdict("FAILS", f"its script {ended}") for call in CALLS[:1]}
-        )
+        return Result(client, trouble=f"its script {ended} before its first call, see its log")
+    announced = lines[0]["calls"]
     heard = {line["call"]: Verdict(line["verdict"], line["detail"]) for line in lines[1:] if "call" in line}
-    silent = Verdict("FAILS", f"the script {ended} before this call")
-    verdicts = {name: heard.get(name, silent) for name in lines[0]["calls"]}
-    if strange := set(verdicts) - {call.name for call in CALLS}:
+    if strange := (set(announced) | set(heard)) - {call.name for call in CALLS}:
         raise ValueError(f"{client.script} tries calls that the catalogue has not: {sorted(strange)}")
-    return Result(client, lines[0]["version"], verdicts)
+    silent = Verdict("FAILS", f"the script {ended} before this call's end")
+    return Result(client, lines[0]["version"], {name: heard.get(name, silent) for name in announced})
+
+
+def environment_for(url: str) -> dict[str, str]:
+    """Of a script: where the server is, and nothing that would send its client elsewhere."""
+    answer = httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+    ours = ("OPENAI_", "ANTHROPIC_", "OCTAVO_", "PYTHONPATH")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
+        **ENVIRONMENT,
+        "CLIENT_URL": f"{url}/v1",
+        "CLIENT_KEY": KEY,
+        "CLIENT_MODEL": answer.json()["data"][0]["id"],
+        "CLIENT_TOKENIZER": str(tokenizer_folder()),
+    }
 
 
 def run_bounded(
-    command: Sequence[str], log: Path, timeout_s: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str], log: Path, timeout_s: float, environment: Mapping[str, str]
 ) -> tuple[str, str]:
-    """What the command said, and how it ended. It and all that it started are ended when the time is over."""
-    log.parent.mkdir(exist_ok=True)
+    """What the command says, and how it ends. With it ends all that it started."""
+    ENVIRONMENTS.mkdir(exist_ok=True)
     with log.open("a", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            command, cwd=ENVIRONMENTS if ENVIRONMENTS.exists() else ROOT, env=environment, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
-        )  # fmt: skip
-        ended = ""
+            command,
+            cwd=ENVIRONMENTS,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
         try:
             said, _ = process.communicate(timeout=timeout_s)
+            ended = f"ended with status {process.returncode}"
         except subprocess.TimeoutExpired:
             ended = f"did not end within {timeout_s:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        if ended:
+        if process.returncode is None:
             said, _ = process.communicate()
         errors.write(said)
-    return said, ended or f"ended with status {process.returncode}"
+    return said, ended
 
 
-def install(client: Client) -> list[str]:
-    """The command that runs the client's script, in its environment; made unless it is there already."""
+def install(client: Client, log: Path, timeout_s: float = INSTALL_TIMEOUT_S) -> list[str]:
+    """The command that runs the client's script, in an environment that is made unless it is there.
+
+    Raises CannotBeInstalled.
+    """
     home = ENVIRONMENTS / client.name
     stamp = home / ".installed"
-    wanted = "\n".join([*client.packages, sys.version if not client.in_node else ""])
+    wanted = "\n".join([*client.packages, "" if client.in_node else sys.version])
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != wanted:
         shutil.rmtree(home, ignore_errors=True)
-        log_of(client).unlink(missing_ok=True)
         home.mkdir(parents=True)
         for step in installation(client, home):
-            run_step(step, home, log_of(client))
+            run_step(step, log, timeout_s)
         stamp.write_text(wanted, encoding="utf-8")
     if client.in_node:
         # Node looks for packages beside the script.
@@ -172,23 +190,18 @@ def installation(client: Client, home: Path) -> list[list[str]]:
     return [*steps, [*pip, *client.packages]]
 
 
-def run_step(step: list[str], home: Path, log: Path) -> None:
+def run_step(step: list[str], log: Path, timeout_s: float) -> None:
     if shutil.which(step[0]) is None:
         raise CannotBeInstalled(f"{step[0]} is not on this machine")
-    _, ended = run_bounded(step, log, INSTALL_TIMEOUT_S, {**os.environ, "PYTHON": sys.executable})
+    _, ended = run_bounded(step, log, timeout_s, {**os.environ, "PYTHON": sys.executable})
     if ended != "ended with status 0":
-        shutil.rmtree(home, ignore_errors=True)
-        raise CannotBeInstalled(f"{Path(step[0]).name} {ended}, see {log.relative_to(ROOT)}")
-
-
-def log_of(client: Client) -> Path:
-    return ENVIRONMENTS / f"{client.name}.log"
+        raise CannotBeInstalled(f"{' '.join(step[:4])} {ended}, see {log}")
 
 
 @cache
 def tokenizer_folder() -> Path:
-    """The default model's tokeniser as Hugging Face would ship it, for clients that count tokens themselves."""
-    from tests.engine.weights.folder import write_tokenizer
+    """The default model's tokeniser as Hugging Face would ship it, for clients that count tokens."""
+    from tests.engine.weights.folder import write_tokenizer  # imports torch
 
     folder = ENVIRONMENTS / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,56 +212,44 @@ def tokenizer_folder() -> Path:
 
 
 def summary(result: Result) -> str:
-    if result.not_installed:
-        return f"is not installed: {result.not_installed}"
+    if result.trouble:
+        return result.trouble
     words = [verdict.word for verdict in result.verdicts.values()]
-    counts = [
-        f"{words.count(word)} {word}" for word in ("works", "refused", "cannot", "FAILS") if word in words
-    ]
-    return f"{result.version}: {', '.join(counts)}"
+    counts = {word: words.count(word) for word in ("works", "refused", "cannot", "FAILS")}
+    return f"{result.version}: " + ", ".join(f"{count} {word}" for word, count in counts.items() if count)
 
 
-def report(results: Iterable[Result]) -> str:
-    """The table, one row per call and one column per client, and why what FAILS does."""
-    results = list(results)
-    names = [result.client.name for result in results]
-    header = [
-        "call",
-        *(f"{name} {result.version}".strip() for name, result in zip(names, results, strict=True)),
+def report(results: Sequence[Result]) -> str:
+    """A row per call and a column per client; then what the calls are, and why what FAILS does."""
+    header = ["call", *(f"{result.client.name} {result.version}".rstrip() for result in results)]
+    rows = [[f"`{call.name}`", *(cell(result, call.name) for result in results)] for call in CALLS]
+    meanings = [[f"`{call.name}`", call.meaning, call.refusal] for call in CALLS]
+    parts = [
+        f"Tried on {datetime.now(UTC):%Y-%m-%d} with {', '.join(languages())}.",
+        aligned([header, *rows]),
+        aligned([["call", "what is asked", "refused by"], *meanings]),
+        *("\n".join(f"- {failure}" for failure in result.failures) for result in results if result.failures),
     ]
-    rows = [
-        [f"`{call.name}`", *(cell(result, call.name) for result in results)]
-        for call in CALLS
-        if any(call.name in result.verdicts for result in results)
-    ]
-    node = shutil.which("node")
-    node_version = (
-        subprocess.run([node, "--version"], capture_output=True, text=True, check=False).stdout
-        if node
+    return "\n\n".join(parts) + "\n"
+
+
+def languages() -> list[str]:
+    node = ["node", "--version"]
+    told = (
+        subprocess.run(node, capture_output=True, text=True, check=False).stdout
+        if shutil.which("node")
         else ""
     )
-    with_what = f"Python {sys.version.split()[0]}" + (f", Node {node_version.strip()}" if node else "")
-    parts = [f"Tried on {datetime.now(UTC):%Y-%m-%d} with {with_what}.", aligned([header, *rows])]
-    parts += [
-        f"{result.client.name} is not installed: {result.not_installed}."
-        for result in results
-        if result.not_installed
-    ]
-    failures = [
-        f"- {result.client.name}, `{name}`: {verdict.detail}"
-        for result in results
-        for name, verdict in result.verdicts.items()
-        if verdict.word == "FAILS"
-    ]
-    return "\n\n".join([*parts, *(["\n".join(failures)] if failures else [])]) + "\n"
+    return [f"Python {sys.version.split()[0]}", *([f"Node {told.strip()}"] if told else [])]
 
 
 def cell(result: Result, call: str) -> str:
-    return "?" if result.not_installed else result.verdicts.get(call, Verdict("")).word
+    verdict = result.verdicts.get(call)
+    return verdict.word if verdict else "?" if result.trouble else ""
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) + " |"
         for row in rows

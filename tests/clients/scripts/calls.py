@@ -1,9 +1,9 @@
 """What the scripts share, in whatever environment they run: the standard library alone.
 
-A script names its calls by decorated functions. Each is made once, within a time, and its verdict printed as a
-line of JSON: `works`, `refused` with the error that is documented, `FAILS`, or `cannot` where the client has no
-such call. A call that may be refused asserts the whole right answer all the same: once Octavo keeps what it
-asks for, the verdict changes by itself, and an answer that drops the demand FAILS.
+A script names its calls by decorated functions. Each is made once, within a time, and its verdict printed
+as a line of JSON: `works`, `refused` with the error that is documented, `FAILS`, or `cannot` where the client
+has no such call. A call that may be refused asserts the whole right answer all the same: once Octavo keeps
+what it asks for, the verdict changes by itself, and an answer that drops the demand FAILS.
 """
 
 from __future__ import annotations

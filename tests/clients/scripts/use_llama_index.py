@@ -37,7 +37,8 @@ def llm(temperature=0.0, chat=True, **options):
     return OpenAILike(
         **{
             "model": MODEL, "api_base": URL, "api_key": KEY, "is_chat_model": chat, "max_tokens": 24,
-            "temperature": temperature, "max_retries": 0, "timeout": TIMEOUT_S, "context_window": 8192, **options,
+            "temperature": temperature, "max_retries": 0, "timeout": TIMEOUT_S,
+            "context_window": 8192, **options,
         }
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Its purpose is text that keeps to a type, a pattern or a grammar, which it asks for in OpenAI's or vLLM's fields."""
+"""Its purpose is text that keeps to a type, pattern or grammar, asked for in OpenAI's or vLLM's fields."""
 
 from __future__ import annotations
 

@@ -76,9 +76,7 @@ def stream():
 def async_():
     async def three():
         one = service()
-        return await asyncio.gather(
-            *(one.get_chat_message_contents(history(), settings()) for _ in range(3))
-        )
+        return await asyncio.gather(*(one.get_chat_message_contents(history(), settings()) for _ in range(3)))
 
     assert {answer.content for (answer,) in asyncio.run(three())} == {ask()[0].content}
 
