@@ -61,7 +61,7 @@ def logprobs():
 
 @calls
 def n():
-    assert len({answer.text for answer in ask(LONG, n=3, temperature=1)}) == 3
+    assert len({answer.text for answer in ask(LONG, n=3, seed=1, temperature=1)}) == 3
 
 
 @calls

@@ -41,7 +41,7 @@ const calls = {
     assert.ok(tokens.every((token) => token.top_logprobs.length === 3));
   },
   async n() {
-    const { generations } = await warm({ n: 3 }).generate([[["human", LONG_TASK]]]);
+    const { generations } = await warm({ n: 3 }).generate([[["human", LONG_TASK]]], { seed: 1 });
     assert.equal(new Set(generations[0].map((choice) => choice.text)).size, 3);
   },
   async stop() {

@@ -85,7 +85,7 @@ def logprobs():
 
 @calls
 def n():
-    (choices,) = warm(n=3).generate([[HumanMessage(LONG_TASK)]]).generations
+    (choices,) = warm(n=3, seed=1).generate([[HumanMessage(LONG_TASK)]]).generations
     assert len({choice.text for choice in choices}) == 3
 
 

@@ -82,7 +82,7 @@ def logprobs():
 
 @calls
 def n():
-    choices = litellm.completion(**WARM, n=3).choices
+    choices = litellm.completion(**WARM, n=3, seed=1).choices
     assert len({choice.message.content for choice in choices}) == 3
 
 

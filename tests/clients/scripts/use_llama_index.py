@@ -82,7 +82,7 @@ def logprobs():
 
 @calls
 def n():
-    answer = llm(temperature=1, additional_kwargs={"n": 3}).chat(LONG)
+    answer = llm(temperature=1, additional_kwargs={"n": 3, "seed": 1}).chat(LONG)
     assert len({choice.message.content for choice in answer.raw.choices}) == 3
 
 

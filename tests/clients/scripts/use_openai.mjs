@@ -54,7 +54,7 @@ const calls = {
     assert.ok(tokens.every((token) => token.top_logprobs.length === 3));
   },
   async n() {
-    const { choices } = await client.chat.completions.create({ ...WARM, n: 3 });
+    const { choices } = await client.chat.completions.create({ ...WARM, n: 3, seed: 1 });
     assert.equal(new Set(choices.map((choice) => choice.message.content)).size, 3);
   },
   async stop() {

@@ -53,7 +53,7 @@ def async_():
 
 @calls
 def n():
-    assert len(set(model()("Once upon a time", n=3, max_tokens=24, temperature=1))) == 3
+    assert len(set(model()("Once upon a time", n=3, seed=1, max_tokens=24, temperature=1))) == 3
 
 
 @calls.or_refused(BadRequestError, "response_format")

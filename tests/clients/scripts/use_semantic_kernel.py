@@ -83,7 +83,9 @@ def async_():
 
 @calls
 def n():
-    assert len({answer.content for answer in ask(LONG_TASK, number_of_responses=3, temperature=1)}) == 3
+    assert (
+        len({answer.content for answer in ask(LONG_TASK, number_of_responses=3, seed=1, temperature=1)}) == 3
+    )
 
 
 @calls
