@@ -14,6 +14,7 @@ from tests.e2e.daemon import Daemon
 
 BY_NAME = {client.name: client for client in CLIENTS}
 NPM_TIMEOUT_S = 120
+SCRIPT_TIMEOUT_S = 600  # a minute where nothing else runs
 FAKE = Client("fake", (), "use_fake.py")
 
 
@@ -45,14 +46,16 @@ def test_the_table_has_every_client_and_every_call() -> None:
     assert {name for column in table.values() for name in column} == {call.name for call in CALLS}
 
 
+@pytest.mark.timeout(SCRIPT_TIMEOUT_S + 200)
 def test_the_openai_package_gets_what_the_table_says(environment: dict[str, str], tmp_path: Path) -> None:
     client = BY_NAME["openai"]
     command = [sys.executable, str(run.FOLDER / "scripts" / client.script)]
-    result = run.try_calls(client, command, environment, tmp_path / "log")
+    result = run.try_calls(client, command, environment, tmp_path / "log", SCRIPT_TIMEOUT_S)
     assert result.failures == []
     assert as_told(result) == documented()["openai"]
 
 
+@pytest.mark.timeout(SCRIPT_TIMEOUT_S + 200)
 def test_the_openai_package_of_node_gets_what_the_table_says(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -61,7 +64,7 @@ def test_the_openai_package_of_node_gets_what_the_table_says(
         command = run.install(client, tmp_path / "install.log", NPM_TIMEOUT_S)
     except run.CannotBeInstalled as error:
         pytest.skip(str(error))
-    result = run.try_calls(client, command, environment, tmp_path / "log")
+    result = run.try_calls(client, command, environment, tmp_path / "log", SCRIPT_TIMEOUT_S)
     assert result.failures == []
     assert as_told(result) == documented()["openai-node"]
 
