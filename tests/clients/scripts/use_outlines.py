@@ -8,7 +8,7 @@ import re
 
 import openai
 import outlines
-from calls import ANSWER, KEY, MODEL, QUESTION, TIMEOUT_S, URL, Calls, raises
+from calls import KEY, MODEL, QUESTION, TIMEOUT_S, URL, Calls, raises
 from outlines.exceptions import AuthenticationError, BadRequestError, NotFoundError
 from outlines.types import Regex
 from pydantic import BaseModel
@@ -33,8 +33,7 @@ def vllm():
 
 @calls
 def chat():
-    assert ANSWER in model()(QUESTION, **GREEDY)
-    assert ANSWER in vllm()(QUESTION, **GREEDY)
+    assert model()(QUESTION, **GREEDY) == vllm()(QUESTION, **GREEDY) != ""
 
 
 @calls
