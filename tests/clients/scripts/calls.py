@@ -134,7 +134,8 @@ def _try(call: Callable[[], None]) -> tuple[str, str]:
         return "FAILS", f"no end within {CALL_TIMEOUT_S} s"
     except BaseException as error:  # ExceptionGroup and SystemExit too
         traceback.print_exc()
-        return "FAILS", " | ".join(_texts(error))[:600]
+        place = traceback.extract_tb(error.__traceback__)[-1].line
+        return "FAILS", f"{place}: {' | '.join(_texts(error))}"[:600]
     finally:
         signal.alarm(0)
     return "works", ""
