@@ -1,10 +1,12 @@
 # Everything is set up by the first target that needs it:  make serve | make test
 #
 #   make serve MODEL=… ARGS="--port 9000"    make bench RESULT=result.json
-#   PYTHON=…  the interpreter for .venv      TORCH=…  what pip installs torch from (docker/install.sh)
+#   make clients CLIENTS=openai,litellm      (all without CLIENTS; tests/clients)
+#   PYTHON=…  the interpreter for .venv      TORCH=…  what pip installs torch from; by default CUDA's where
+#   there is an NVIDIA driver, else torch without CUDA (docker/install.sh)
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
 MODEL ?=
 ARGS ?=
 # Two files at a time, each on one worker, so that what a module's fixture started is started once; in the
@@ -12,12 +14,13 @@ ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 RESULT ?= tests/bench/results/$(shell date +%Y-%m-%d).json
 SEEDS ?= 10000
+CLIENTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON TORCH
 
-.PHONY: install serve test check sim bench clean
+.PHONY: install serve test check sim bench clients clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -49,6 +52,9 @@ sim: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/octavo bench --start --workload all --model "$(MODEL)" --json $(RESULT) $(ARGS)
 
+clients: $(VENV)/.installed-test
+	$(BIN)/python -m tests.clients.run "$(CLIENTS)"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

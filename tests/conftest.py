@@ -29,6 +29,7 @@ LONGEST_FILES = (
     "engine/drafting/test_real_model.py",
     "sim/test_protocol.py",
     "e2e/test_readme.py",
+    "clients/test_openai.py",
     "e2e/test_checkpoints.py",
     "e2e/test_scheduler.py",
     "server/http/test_serve.py",

@@ -6,13 +6,19 @@ the two scripts that are run here.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -63,6 +69,12 @@ def test_the_installation_is_torch_first_then_the_project_then_the_model(tmp_pat
     assert not (tmp_path / "venv").exists()
 
 
+def test_torch_alone_is_installed_where_another_program_needs_it(tmp_path: Path) -> None:
+    done = run(INSTALL, tmp_path / "venv", "--torch-only", "--dry-run", TORCH="torch==2.12.0")
+    _, torch = done.stdout.splitlines()
+    assert torch.endswith(" torch==2.12.0")
+
+
 def test_the_installation_wants_a_place(tmp_path: Path) -> None:
     assert run(INSTALL).returncode == 2
     assert run(INSTALL, tmp_path / "venv", "--verbose").returncode == 2
@@ -88,6 +100,202 @@ def test_another_python_is_refused_first_in_one_line(python: str, tmp_path: Path
     done = run(INSTALL, tmp_path / "venv", PYTHON=python)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"install.sh: {python} is not Python 3.11 to 3.13; name one with PYTHON=...\n"
+
+
+def wheel_page(version: str = "2.13.0", machine: str = platform.machine()) -> bytes:
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    name = f"torch-{version}%2Bcpu-{python}-{python}-manylinux_2_28_{machine}.whl"
+    return f'<a href="https://elsewhere/whl/cpu/{name}#sha256=0">{name}</a>'.encode()
+
+
+class Index:
+    """A package index on a free port, which answers as `behave` does and keeps what it was asked."""
+
+    def __init__(self, behave: Callable[[BaseHTTPRequestHandler], None]) -> None:
+        asked = self.asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                behave(self)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/whl/cpu"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> Index:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def answering(body: bytes, status: int = 200) -> Callable[[BaseHTTPRequestHandler], None]:
+    def behave(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return behave
+
+
+def hanging(handler: BaseHTTPRequestHandler) -> None:
+    handler.connection.recv(1)  # until the other side has gone
+
+
+def dripping(handler: BaseHTTPRequestHandler) -> None:
+    """Every read of a socket is answered within a second, the page as a whole never."""
+    handler.send_response(200)
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        for _ in range(60):
+            handler.wfile.write(b"<!-- -->")
+            time.sleep(0.5)
+
+
+# As docker/install.sh sees it
+HAS_DRIVER = bool(shutil.which("nvidia-smi")) or Path("/proc/driver/nvidia").exists()
+with contextlib.suppress(OSError):
+    HAS_DRIVER = bool(ctypes.CDLL("libcuda.so.1")) or HAS_DRIVER
+without_driver = pytest.mark.skipif(HAS_DRIVER, reason="this machine has an NVIDIA driver")
+
+
+def torch_for(venv: Path, **environment: str) -> tuple[str, str]:
+    """What pip would be asked for torch in `venv`, and the line that says why."""
+    done = run(INSTALL, venv, "--dry-run", **{"TORCH": "", "NO_PROXY": "127.0.0.1", **environment})
+    assert done.returncode == 0, done.stderr
+    (command,) = [line for line in done.stdout.splitlines() if line.split()[-1].startswith("torch==")]
+    return command.partition(" install --disable-pip-version-check ")[2], done.stderr
+
+
+@without_driver
+def test_without_a_driver_torch_comes_from_the_index_that_has_no_cuda(tmp_path: Path) -> None:
+    with Index(answering(wheel_page())) as index:
+        asked, why = torch_for(tmp_path / "venv", TORCH_CPU_INDEX=index.url)
+    assert asked == f"--index-url {index.url} torch==2.13.0"
+    assert why == (
+        f"install.sh: torch 2.13.0 comes from {index.url}, without CUDA, "
+        "as this machine has no NVIDIA driver\n"
+    )
+    assert index.asked == ["/whl/cpu/torch/"]
+
+
+@without_driver
+@pytest.mark.parametrize(
+    "behave",
+    [
+        hanging,
+        dripping,
+        answering(b"forbidden", 403),
+        answering(b"later", 503),
+        answering(b"<html>Please sign in to use this network.</html>"),
+        answering(b"\xff\xfe"),
+        answering(wheel_page(version="2.13.1")),
+        answering(wheel_page(machine="another")),
+    ],
+    ids=[
+        "hangs",
+        "drips",
+        "forbids",
+        "fails",
+        "sign-in page",
+        "no text",
+        "another version",
+        "another machine",
+    ],
+)
+def test_an_index_that_does_not_offer_torch_within_seconds_is_left_for_pips_own(
+    behave: Callable[[BaseHTTPRequestHandler], None], tmp_path: Path
+) -> None:
+    with Index(behave) as index:
+        asked, why = torch_for(tmp_path / "venv", TORCH_CPU_INDEX=index.url)
+    assert asked == "torch==2.13.0"
+    assert re.fullmatch(r"install.sh: .* pip's index: .* no NVIDIA driver, but \S+ does not .* 5 s\n", why)
+    assert index.url in why
+    assert index.asked == ["/whl/cpu/torch/"]
+
+
+@without_driver
+@pytest.mark.parametrize("host", ["127.0.0.1:9", "no.such.host.invalid"])
+def test_an_index_that_cannot_be_reached_is_left_for_pips_own(host: str, tmp_path: Path) -> None:
+    asked, why = torch_for(tmp_path / "venv", TORCH_CPU_INDEX=f"http://{host}/whl/cpu")
+    assert asked == "torch==2.13.0"
+    assert host in why
+
+
+@pytest.mark.parametrize("sign", ["nvidia-smi", "libcuda.so.1"])
+def test_with_a_driver_torch_comes_with_cuda_and_no_index_is_asked(sign: str, tmp_path: Path) -> None:
+    """The driver's parts are stood in for by a script and by another library of that name."""
+    if sign == "nvidia-smi":
+        (tmp_path / sign).write_text("#!/bin/sh\n")
+        (tmp_path / sign).chmod(0o755)
+    else:
+        shutil.copy(sys.modules["_ctypes"].__file__, tmp_path / sign)
+    places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LD_LIBRARY_PATH": str(tmp_path)}
+    with Index(answering(wheel_page())) as index:
+        asked, why = torch_for(tmp_path / "venv", TORCH_CPU_INDEX=index.url, **places)
+    assert (asked, index.asked) == ("torch==2.13.0", [])
+    assert why.startswith("install.sh: torch 2.13.0 comes from pip's index, with CUDA, as ")
+    assert HAS_DRIVER or f"({sign})" in why
+
+
+def test_a_torch_that_the_user_names_is_obeyed_and_no_index_is_asked(tmp_path: Path) -> None:
+    with Index(answering(wheel_page())) as index:
+        asked = torch_for(tmp_path / "venv", TORCH="torch==2.13.0", TORCH_CPU_INDEX=index.url)
+    assert (asked, index.asked) == (("torch==2.13.0", ""), [])
+
+
+def test_a_torch_that_is_there_is_kept_and_no_index_is_asked() -> None:
+    pytest.importorskip("torch")
+    with Index(answering(wheel_page())) as index:
+        done = run(INSTALL, sys.prefix, "--dry-run", TORCH="", TORCH_CPU_INDEX=index.url)
+    assert (done.stderr, index.asked) == ("", [])
+    assert "torch==" not in done.stdout
+
+
+@without_driver
+def test_pip_gets_the_index_as_words_of_its_own(tmp_path: Path) -> None:
+    """Not a dry run: a Python whose pip writes down what it is given."""
+    fake = tmp_path / "venv" / "bin" / "python"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(
+        '#!/bin/bash\n[ "$1 $2" = "-m pip" ] || exec "$REAL" -S "$@"\n'
+        '{ printf "<%s>" "$@"; echo; } >>"$LOG"\n'
+    )
+    fake.chmod(0o755)
+    with Index(answering(wheel_page())) as index:
+        environment = {"REAL": sys.executable, "LOG": f"{tmp_path}/log", "TORCH_CPU_INDEX": index.url}
+        done = run(INSTALL, tmp_path / "venv", TORCH="", NO_PROXY="127.0.0.1", **environment)
+    assert done.returncode == 0, done.stderr
+    _, torch, project, _ = (tmp_path / "log").read_text().splitlines()
+    assert torch.endswith(f"<install><--disable-pip-version-check><--index-url><{index.url}><torch==2.13.0>")
+    assert project.endswith(f"<{ROOT}>")
+
+
+def test_make_leaves_the_choice_of_torch_to_the_script() -> None:
+    """A default in the Makefile would be obeyed as if the user had named it."""
+    environment = {key: value for key, value in os.environ.items() if key != "TORCH"}
+    for given, expected in (({}, ""), ({"TORCH": "mine"}, "mine")):
+        done = subprocess.run(
+            ["make", "--no-print-directory", "-f", "-", "show"],
+            input=f"include {ROOT}/Makefile\nshow:\n\t@echo \"[$$TORCH]\"\n",
+            capture_output=True, text=True, env={**environment, **given}, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.stdout.strip() == f"[{expected}]", done.stderr
+
+
+def test_the_images_name_their_torch_as_the_machine_that_builds_them_may_not_run_them() -> None:
+    recipe = (ROOT / "Dockerfile").read_text()
+    pin = re.search(r"^TORCH_VERSION=(\S+)$", INSTALL.read_text(), re.M)
+    assert pin
+    cpu, cuda = re.findall(r'^ARG TORCH="(.+)"$', recipe, re.M)
+    assert cpu == f"--index-url https://download.pytorch.org/whl/cpu torch=={pin[1]}"
+    assert cuda == f"torch=={pin[1]}"
 
 
 @pytest.mark.skipif(

@@ -26,13 +26,17 @@ def write_folder(checkpoint: Checkpoint, folder: Path) -> None:
     ids = {"bos_token_id": checkpoint.bos_token_id, "eos_token_id": ends[0] if len(ends) == 1 else ends}
     write_json(folder / "config.json", config_json(checkpoint.transformer) | ids)
     write_json(folder / "generation_config.json", ids)
+    write_tokenizer(checkpoint, folder)
+    weights = load_weights(checkpoint, torch.float32, torch.device("cpu"))
+    stored = folder_tensors(checkpoint.transformer, weights)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}
     tokenizer |= checkpoint.special_tokens
     write_json(folder / "tokenizer_config.json", tokenizer | {"chat_template": checkpoint.chat_template})
     Tokenizer.from_checkpoint(checkpoint).save(folder / "tokenizer.json")
-    weights = load_weights(checkpoint, torch.float32, torch.device("cpu"))
-    stored = folder_tensors(checkpoint.transformer, weights)
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def folder_tensors(config: TransformerConfig, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
