@@ -14,8 +14,8 @@ from server.errors import invalid
 from server.logprobs import token_text
 from server.openapi import described
 from server.prompt_reader import check_token_ids
-from server.wire.body import check_content_type, parse_body
-from server.wire.requests import DetokenizeRequest, TokenizeRequest
+from server.wire.body import check_content_type, parse_body, parse_object, validate
+from server.wire.requests import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from server.wire.responses import Text, Tokens
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def tokens_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", **described(TokenizeRequest, Tokens))
+    @router.post("/tokenize", **described((TokenizeTextRequest, TokenizeChatRequest), Tokens))
     async def tokenize(request: Request) -> Response:
         check_content_type(request)
         raw = await request.body()
@@ -41,11 +41,17 @@ def tokens_router(service: Service) -> APIRouter:
 
 
 def _tokenize(service: Service, raw: bytes) -> Response:
-    body = parse_body(raw, TokenizeRequest, service.config.server.max_json_depth)
-    service.check_model(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("Give either prompt or messages.", "prompt")
-    ids = service.prompt_reader().read_tokenize(body)
+    value = parse_object(raw, service.config.server.max_json_depth)
+    reader = service.prompt_reader()
+    body: TokenizeChatRequest | TokenizeTextRequest
+    if value.get("messages") is not None:
+        body = validate(value, TokenizeChatRequest)
+        service.check_model(body.model)
+        ids = reader.tokenize_chat(body)
+    else:
+        body = validate(value, TokenizeTextRequest)
+        service.check_model(body.model)
+        ids = reader.tokenize_text(body)
     answer = Tokens(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
     if body.return_token_strs:
         answer.token_strs = [token_text(service.tokenizer, token) for token in ids]
