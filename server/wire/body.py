@@ -14,6 +14,8 @@ from server.errors import ApiError, invalid
 from server.wire.foreign_fields import ForeignFields
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import ModelWrapValidatorHandler
     from starlette.requests import Request
 
@@ -54,9 +56,9 @@ class WireModel(BaseModel):
             return value is not None
         refused = cls.FOREIGN.refused.get(name)
         if refused is None:
-            known = [*_own_names(cls), *cls.FOREIGN.names]
-            near = difflib.get_close_matches(name[:MAX_PARAM_CHARS], known, 1, HINT_LIKENESS)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            taken = _own_names(cls) | cls.FOREIGN.harmless
+            near = _nearest(name, taken) or _nearest(name, cls.FOREIGN.refused)
+            hint = f"; did you mean {near}?" if near else ""
             raise field_error(name, f"this field is not known{hint}", "unknown_parameter")
         if not refused.asks_nothing(value):
             raise field_error(name, str(refused), "unsupported_parameter")
@@ -69,6 +71,14 @@ ModelT = TypeVar("ModelT", bound=WireModel)
 @cache
 def _own_names(model: type[WireModel]) -> frozenset[str]:
     return frozenset(field.alias or name for name, field in model.model_fields.items())
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """However it is written: maxTokens is near max_tokens."""
+    spelt = {each.replace("_", ""): each for each in known}
+    plain = name[:MAX_PARAM_CHARS].lower().replace("_", "").replace("-", "")
+    near = difflib.get_close_matches(plain, spelt, 1, HINT_LIKENESS)
+    return spelt[near[0]] if near else None
 
 
 def field_error(name: str, message: str, code: str = "invalid_value") -> PydanticCustomError:

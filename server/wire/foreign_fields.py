@@ -64,8 +64,10 @@ _SPEED_AND_PLACE = """
     prediction cache_prompt n_cache_reuse skip_reading_prefix_cache ngram_corpus_id id_slot backend_sampling
     routed_dp_rank disagg_prefill_dp_rank data_parallel_rank
 """
-_DELIVERY = "stream_interval sse_ping_interval return_progress timings_per_token verbose"
-_DETAILS = "return_cached_tokens_details return_mm_kwargs"
+_DELIVERY_AND_FIGURES = """
+    stream_interval sse_ping_interval return_progress timings_per_token return_cached_tokens_details
+    return_mm_kwargs verbose
+"""
 # Each means something beside another field alone, which is refused where it asks for anything.
 _COMPANIONS = """
     guided_decoding_backend guided_whitespace_pattern truncation_side n_keep n_discard
@@ -75,7 +77,7 @@ _COMPANIONS = """
     reasoning_budget_start_tag reasoning_budget_end_tag reasoning_budget_end_tags reasoning_budget_message
     mm_processor_kwargs media_io_kwargs images_config max_dynamic_patch min_dynamic_patch use_audio_in_video
 """
-_HARMLESS = frozenset((_ACCOUNTING + _SPEED_AND_PLACE + _DELIVERY + _DETAILS + _COMPANIONS).split())
+_HARMLESS = frozenset((_ACCOUNTING + _SPEED_AND_PLACE + _DELIVERY_AND_FIGURES + _COMPANIONS).split())
 
 _REFUSED = {
     **_all(
@@ -158,7 +160,7 @@ _REFUSED = {
         logprob_token_ids=(),
     ),
     **_all("the field is prompt_logprobs.", decoder_input_details=(False,)),
-    **_all("the fields are stop and stop_token_ids.", stop_regex=([], "")),
+    **_all("the fields are stop and stop_token_ids.", stop_regex=([], ""), stop_sequences=([],)),
     **_all("the field is include_stop_str_in_output.", no_stop_trim=(False,)),
     **_all("the field is ignore_eos.", ban_eos_token=(False,)),
     **_all("the field is bad_words.", custom_token_bans=("",), banned_tokens=([],), banned_strings=([],)),

@@ -100,6 +100,7 @@ def test_stream_says_role_text_finish_usage_done(server: Running) -> None:
     assert parsed[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in parsed[:-1]) == "abc"
     assert [chunk["choices"][0]["finish_reason"] for chunk in parsed[:-1]][-2:] == [None, "length"]
+    assert parsed[-2]["choices"][0]["delta"] == {}
     assert all(chunk["usage"] is None for chunk in parsed[:-1])
     assert parsed[-1]["choices"] == []
     assert parsed[-1]["usage"]["completion_tokens"] == 3
@@ -124,12 +125,14 @@ def test_streamed_equals_whole(server: Running, stop: str | None, echo: bool) ->
     finishes = {}
     for chunk in events(server, "/v1/completions", {**body, "stream": True})[:-1]:
         choice = json.loads(chunk)["choices"][0]
+        assert choice["index"] not in finishes
+        if choice["finish_reason"]:
+            assert (choice["text"], choice["logprobs"]) == ("", None)
+            finishes[choice["index"]] = choice["finish_reason"]
+            continue
         texts[choice["index"]] += choice["text"]
         tokens[choice["index"]] += choice["logprobs"]["tokens"]
         offsets[choice["index"]] += choice["logprobs"]["text_offset"]
-        if choice["finish_reason"]:
-            assert choice["index"] not in finishes
-            finishes[choice["index"]] = choice["finish_reason"]
     for index, choice in whole.items():
         assert texts[index] == choice["text"]
         assert tokens[index] == choice["logprobs"]["tokens"]
