@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from openapi_spec_validator import validate
 
 from scheduler.refusal import RefusalReason
 from server.logs import JsonFormatter, PlainFormatter, sanitise
@@ -75,6 +76,10 @@ def test_version_and_docs(server: Running) -> None:
     assert set(references) <= set(schemas)
 
 
+def test_the_document_is_what_openapi_says_a_document_is(server: Running) -> None:
+    validate(server.get("/openapi.json").json())
+
+
 def test_the_server_never_imports_torch() -> None:
     code = (
         "import sys, server.serve; print([name for name in ('torch', 'transformers') if name in sys.modules])"
@@ -98,6 +103,27 @@ def test_log_lines_name_the_request_and_no_prompt(caplog: pytest.LogCaptureFixtu
     assert not any("secret" in line for line in lines)
     as_json = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
     assert any(line["event"] == "request" and line["status"] == 200 for line in as_json)
+
+
+def test_a_refusals_line_in_the_log_says_what_was_wrong(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("octavo").propagate = True
+    with caplog.at_level(logging.INFO, "octavo"), running(api_keys=("k",), max_body_bytes=1000) as server:
+        key = {"authorization": "Bearer k"}
+        server.post("/v1/completions", {"prompt": "x", "temperature": 9}, headers=key)
+        server.post("/v1/completions", {"prompt": "x", "model": "other"}, headers=key)
+        server.post("/v1/completions", {"prompt": "x" * 2000}, headers=key)
+        server.post("/v1/completions", {"prompt": "x"})
+        server.get("/nowhere", headers=key)
+        server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}, headers=key)
+    lines = [record.fields for record in caplog.records if record.getMessage() == "request"]
+    assert [(line["status"], line.get("code"), line.get("param")) for line in lines] == [
+        (400, "invalid_value", "temperature"),
+        (404, "model_not_found", "model"),
+        (413, "body_too_large", None),
+        (401, "invalid_api_key", None),
+        (404, "unknown_route", None),
+        (200, None, None),
+    ]
 
 
 def test_prompts_and_outputs_are_logged_on_request(caplog: pytest.LogCaptureFixture) -> None:
