@@ -70,7 +70,8 @@ _DELIVERY_AND_FIGURES = """
 """
 # Each means something beside another field alone, which is refused where it asks for anything.
 _COMPANIONS = """
-    guided_decoding_backend guided_whitespace_pattern truncation_side n_keep n_discard
+    guided_decoding_backend guided_decoding_disable_fallback guided_decoding_disable_any_whitespace
+    guided_decoding_disable_additional_properties guided_whitespace_pattern truncation_side n_keep n_discard
     spaces_between_special_tokens routed_experts_prompt_start routed_experts_start_len custom_params
     dynatemp_exponent dynatemp_low dynatemp_high smoothing_curve xtc_threshold mirostat_tau mirostat_eta
     dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers adaptive_decay
@@ -202,8 +203,8 @@ _REFUSED = {
         bootstrap_host=(),
         bootstrap_port=(),
         bootstrap_room=(),
-        session_params=({},),
     ),
+    **_all("sessions are not kept: send the whole prompt, whose beginning is cached.", session_params=({},)),
     **_all(
         "thoughts are part of the text, and not bounded apart: max_tokens bounds both.",
         thinking_token_budget=(-1,),
