@@ -7,12 +7,14 @@ route, wrong method, a bug) is turned into the same envelope by the handlers bel
 from __future__ import annotations
 
 import http
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.responses import Response
 
 from engine.checkpoint import CheckpointError
+from server.logs import sanitise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
 # The `type` clients see for a status; SDKs themselves go by the status.
 TYPES = {
@@ -64,7 +67,9 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A 400."""
+    """A 400, whose message names the field as well: many clients show nothing else."""
+    if param is not None and not re.search(rf"(?<!\w){re.escape(param)}(?!\w)", message):
+        message = f"{param}: {message}"
     return ApiError(400, message, param=param, code=code)
 
 
@@ -77,9 +82,25 @@ INTERNAL = ApiError(500, "The server had an error while processing the request."
 DEADLINE = ApiError(504, "The request's deadline passed before its first token.", code="deadline_exceeded")
 
 
+class _ErrorResponse(Response):
+    """The envelope. Whoever answers with it, the request's line in the log says what was wrong."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(
+            msgspec.json.encode(error.envelope()), error.status, error.headers, "application/json"
+        )
+        named = {"code": error.code, "param": error.param}
+        self._named = {name: sanitise(value) for name, value in named.items() if value is not None}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = scope.get("state", {}).get("call")
+        if call is not None:
+            call.fields |= self._named
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: ApiError) -> Response:
-    body = msgspec.json.encode(error.envelope())
-    return Response(body, error.status, error.headers, "application/json")
+    return _ErrorResponse(error)
 
 
 def install_error_handlers(app: FastAPI) -> None:

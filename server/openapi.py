@@ -22,7 +22,8 @@ ERRORS = {
 REQUESTS: tuple[type[BaseModel], ...] = (
     requests.CompletionRequest,
     requests.ChatRequest,
-    requests.TokenizeRequest,
+    requests.TokenizeTextRequest,
+    requests.TokenizeChatRequest,
     requests.DetokenizeRequest,
 )
 ANSWERS: tuple[type[msgspec.Struct], ...] = (
@@ -38,11 +39,14 @@ ANSWERS: tuple[type[msgspec.Struct], ...] = (
 )
 
 
-def described(body: type[BaseModel] | None, answer: type[msgspec.Struct]) -> dict[str, Any]:
-    """Arguments of a route decorator that document its body and its answers."""
+def described(
+    body: type[BaseModel] | tuple[type[BaseModel], ...] | None, answer: type[msgspec.Struct]
+) -> dict[str, Any]:
+    """Arguments of a route decorator that document its body, or the bodies it may have, and its answers."""
     extra: dict[str, Any] = {}
     if body is not None:
-        extra["requestBody"] = {"required": True, "content": _json(body.__name__)}
+        bodies = body if isinstance(body, tuple) else (body,)
+        extra["requestBody"] = {"required": True, "content": _json(*(each.__name__ for each in bodies))}
     failures = {
         status: {"description": text, "content": _json("ErrorEnvelope")} for status, text in ERRORS.items()
     }
@@ -71,5 +75,6 @@ def _schemas() -> dict[str, Any]:
     return {**of_requests["$defs"], **of_answers}
 
 
-def _json(name: str) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": COMPONENT.format(name)}}}
+def _json(*names: str) -> dict[str, Any]:
+    references = [{"$ref": COMPONENT.format(name)} for name in names]
+    return {"application/json": {"schema": references[0] if len(names) == 1 else {"anyOf": references}}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from server.errors import ApiError, invalid, unavailable
 from server.prompt import TemplateError, TemplateUnavailable
@@ -12,14 +12,21 @@ from server.special_text import NoFreeCharacter, strings_in
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from server.chat_messages import Message
     from server.config import ServerConfig
     from server.prompt import ChatTemplates, RenderOptions
     from server.tokenizer import Tokenizer
-    from server.wire.requests import ChatMessage, ChatRequest, TokenizeRequest
+    from server.wire.requests import ChatRequest, TokenizeTextRequest
 
 RawPrompt = str | list[int]
 
 TEMPLATE_RETRY_S = 1
+# What a template may be given beside messages, and the fields of the request that hold it
+OPTIONAL: dict[Literal["tools", "documents", "kwargs"], str] = {
+    "tools": "tools",
+    "documents": "documents",
+    "kwargs": "chat_template_kwargs",
+}
 NO_TEMPLATE = (
     "The model has no chat template: use /v1/completions, or start the server with --chat-template FILE."
 )
@@ -56,69 +63,64 @@ class PromptReader:
         return prompt
 
     def read_chat(self, body: ChatRequest) -> Prompt:
-        continued = body.continue_final_message or False
-        begin = body.add_generation_prompt
-        text, ids = self._encode_chat(
-            body.messages,
-            add_generation_prompt=not continued if begin is None else begin,
-            continue_final_message=continued,
-            tools=body.tools or None,
-            documents=body.documents,
-            kwargs=body.chat_template_kwargs,
-        )
+        text, ids = self._encode_chat(body)
         self._check_ids(ids, "messages")
         return Prompt(tuple(ids), text)
 
-    def read_tokenize(self, body: TokenizeRequest) -> list[int]:
-        """The ids of /tokenize, which may be longer than the model's context."""
-        if body.messages is not None:
-            return self._encode_chat(
-                body.messages,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                tools=body.tools or None,
-                kwargs=body.chat_template_kwargs,
-            )[1]
-        assert body.prompt is not None
+    def tokenize_chat(self, body: ChatRequest) -> list[int]:
+        """The ids of `read_chat`, which here may be more than the model's context."""
+        return self._encode_chat(body)[1]
+
+    def tokenize_text(self, body: TokenizeTextRequest) -> list[int]:
+        """The ids of `read`, which here may be more than the model's context."""
         if len(body.prompt) > self.limits.max_tokenize_chars:
             sizes = f"{len(body.prompt)} characters; at most {self.limits.max_tokenize_chars} are tokenised"
             raise invalid(f"The text has {sizes}.", "prompt", "text_too_long")
         return self._encode(body.prompt, begin=body.add_special_tokens is not False)
 
-    def _encode_chat(
-        self, messages: Sequence[ChatMessage], **options: Unpack[RenderOptions]
-    ) -> tuple[str, list[int]]:
+    def _encode_chat(self, body: ChatRequest) -> tuple[str, list[int]]:
         """The template's text and its ids; what users wrote never becomes a special token."""
         if self.template is None:
             raise invalid(NO_TEMPLATE, "messages", "no_chat_template")
-        if len(messages) > self.limits.max_messages:
-            message = (
-                f"The request has {len(messages)} messages; at most {self.limits.max_messages} are taken."
-            )
+        if len(body.messages) > self.limits.max_messages:
+            sizes = f"{len(body.messages)} messages; at most {self.limits.max_messages} are taken"
+            message = f"The request has {sizes}."
             raise invalid(message, "messages")
-        dicts = [message.model_dump(exclude_unset=True) for message in messages]
-        num_chars = {
-            name: sum(map(len, strings_in(value)))
-            for name, value in (
-                ("messages", dicts),
-                ("tools", options.get("tools")),
-                ("documents", options.get("documents")),
-                ("chat_template_kwargs", options.get("kwargs")),
-            )
+        messages, options = _shown(body)
+        num_chars = {"messages": sum(map(len, strings_in(messages)))} | {
+            param: sum(map(len, strings_in(options[name]))) for name, param in OPTIONAL.items()
         }
-        largest = max(num_chars, key=lambda name: num_chars[name])
+        largest = max(num_chars, key=lambda param: num_chars[param])
         self._check_chars(sum(num_chars.values()), largest)
         try:
-            text, ids = self.template.encode(self.tokenizer, dicts, **options)
+            text, ids = self.template.encode(self.tokenizer, messages, **options)
         except NoFreeCharacter as error:
             raise invalid(f"{largest}: {error}.", largest) from None
         except TemplateError as error:
-            raise invalid(f"The chat template cannot render these messages: {error}", "messages") from None
+            param = self._culprit(self.template, messages, options)
+            raise invalid(f"The chat template cannot render these {param}: {error}", param) from None
         except TemplateUnavailable as error:
             message = f"The chat template cannot be rendered now: {error}"
             raise unavailable(message, TEMPLATE_RETRY_S, "template_unavailable") from None
         if not ids:
             raise invalid("The prompt is empty.", "messages", "empty_prompt")
         return text, ids
+
+    def _culprit(self, template: ChatTemplates, messages: list[Message], options: RenderOptions) -> str:
+        """The field at fault where the template fails: one without which it does not."""
+
+        def renders_without(*names: str) -> bool:
+            fewer = cast("RenderOptions", {**options, **dict.fromkeys(names)})
+            try:
+                template.encode(self.tokenizer, messages, **fewer)
+            except (TemplateError, TemplateUnavailable, NoFreeCharacter):
+                return False
+            return True
+
+        given = [name for name in OPTIONAL if options[name]]
+        if not given or not renders_without(*given):
+            return "messages"
+        return OPTIONAL[next((name for name in given if renders_without(name)), given[0])]
 
     def _encode(self, text: str, *, begin: bool) -> list[int]:
         """`begin`: with the beginning-of-sequence token, where the checkpoint wants one."""
@@ -140,6 +142,20 @@ class PromptReader:
     def _check_length(self, num_tokens: int, param: str) -> None:
         if num_tokens >= self.max_model_len:
             raise context_exceeded(num_tokens, 1, self.max_model_len, param)
+
+
+def _shown(body: ChatRequest) -> tuple[list[Message], RenderOptions]:
+    """What the template is given of a chat, in the form in which the client sent it."""
+    continued = body.continue_final_message or False
+    begin = body.add_generation_prompt
+    tools = [tool.model_dump(exclude_unset=True, by_alias=True) for tool in body.tools or ()]
+    return [message.model_dump(exclude_unset=True) for message in body.messages], {
+        "add_generation_prompt": not continued if begin is None else begin,
+        "continue_final_message": continued,
+        "tools": tools or None,
+        "documents": body.documents,
+        "kwargs": body.chat_template_kwargs,
+    }
 
 
 def context_exceeded(num_prompt: int, num_output: int, max_model_len: int, param: str) -> ApiError:

@@ -15,11 +15,19 @@ from server.errors import invalid
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import described
 from server.routes.bodies import read_body
-from server.routes.generation import answer, name_ignored, stream, tenant_of
+from server.routes.generation import answer, chunk_usage, name_ignored, stream, tenant_of
 from server.service import Job, Service, new_id
 from server.wire.body import parse_body
 from server.wire.requests import ChatRequest
-from server.wire.responses import ChatChoice, ChatChunk, ChatCompletion, ChatLogprobs, ChunkChoice, Message
+from server.wire.responses import (
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChunkChoice,
+    Message,
+    finish_of,
+)
 from server.wire.responses import Delta as WireDelta
 
 if TYPE_CHECKING:
@@ -60,26 +68,6 @@ def _check(body: ChatRequest, limits: ServerConfig) -> None:
         raise invalid(message, "top_logprobs")
     if _max_tokens(body) == 0:
         raise invalid("must be at least 1.", _max_tokens_param(body))
-    if body.add_generation_prompt and body.continue_final_message:
-        message = "continue_final_message and add_generation_prompt exclude each other."
-        raise invalid(message, "continue_final_message")
-    _refuse_unsupported(body)
-
-
-def _refuse_unsupported(body: ChatRequest) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        raise invalid("response_format: only the type 'text' is supported.", "response_format.type")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise invalid("tool_choice: calls of tools are not supported; only 'none' is.", "tool_choice")
-    if body.tools and body.tool_choice != "none":
-        message = (
-            "tools: the model's calls are not parsed; tool_choice 'none' shows it the tools for its text."
-        )
-        raise invalid(message, "tools")
-    if body.functions:
-        raise invalid("functions are not supported.", "functions")
-    if body.function_call not in (None, "none", "auto"):
-        raise invalid("function_call: functions are not supported; only 'none' is.", "function_call")
 
 
 def _max_tokens_param(body: ChatRequest) -> str:
@@ -141,30 +129,32 @@ class ChatView:
         return completion
 
     def chunks_of(self, delta: Delta) -> Iterator[ChatChunk]:
+        """The end is in a chunk of its own, with an empty delta: clients lose text that comes with it."""
         if delta.index not in self.begun:
             self.begun.add(delta.index)
             yield self._first_chunk(delta.index)
-        if not (delta.text or delta.pieces or delta.finish is not None):
-            return
-        choice = ChunkChoice(
-            index=delta.index,
-            delta=WireDelta(content=delta.text or None),
-            logprobs=self._logprobs(delta),
-            finish_reason=delta.finish,
-        )
+        shows_tokens = self.body.logprobs or self.body.return_token_ids
+        if delta.text or (delta.pieces and (shows_tokens or delta.finish is None)):
+            choice = ChunkChoice(
+                index=delta.index,
+                delta=WireDelta(content=delta.text or None),
+                logprobs=self._logprobs(delta),
+            )
+            if self.body.return_token_ids:
+                choice.token_ids = [piece.token for piece in delta.pieces]
+            yield self._chunk([choice], **chunk_usage(self.body, self.generation))
         if delta.finish is not None:
-            choice.stop_reason = delta.stop_reason
-        if self.body.return_token_ids:
-            choice.token_ids = [piece.token for piece in delta.pieces]
-        yield self._chunk([choice], **self._stream_usage())
+            end = ChunkChoice(index=delta.index, delta=WireDelta(), stop_reason=delta.stop_reason)
+            end.finish_reason, end.finish_cause = finish_of(delta.finish)
+            yield self._chunk([end], **chunk_usage(self.body, self.generation))
 
     def last(self) -> Iterator[ChatChunk]:
-        if self._stream_usage():
+        if chunk_usage(self.body, self.generation):
             yield self._chunk([], usage=usage_of(self.generation))
 
     def _first_chunk(self, index: int) -> ChatChunk:
         role = ChunkChoice(index=index, delta=WireDelta(role="assistant", content=""))
-        chunk = self._chunk([role], **self._stream_usage())
+        chunk = self._chunk([role], **chunk_usage(self.body, self.generation))
         if self.body.return_token_ids:
             chunk.prompt_token_ids = self._prompt_ids()
         return chunk
@@ -180,16 +170,15 @@ class ChatView:
             **usage,
         )
 
-    def _stream_usage(self) -> dict[str, None]:
-        options = self.body.stream_options
-        return {"usage": None} if options is not None and options.include_usage else {}
-
     def _choice(self, delta: Delta) -> ChatChoice:
+        word, cause = finish_of(delta.finish)
+        assert word is not None, "a fold ends when every choice has"
         choice = ChatChoice(
             index=delta.index,
             message=Message(content=delta.text),
             logprobs=self._logprobs(delta),
-            finish_reason=delta.finish or "abort",
+            finish_reason=word,
+            finish_cause=cause,
             stop_reason=delta.stop_reason,
         )
         if self.body.return_token_ids:

@@ -18,12 +18,12 @@ from server.logprobs import joined, legacy_logprobs, prompt_logprobs
 from server.openapi import described
 from server.prompt_reader import split_prompts
 from server.routes.bodies import read_body
-from server.routes.generation import answer, name_ignored, stream, tenant_of
+from server.routes.generation import answer, chunk_usage, name_ignored, stream, tenant_of
 from server.service import Job, Service, new_id
 from server.streams import Delta, Generation, Piece
 from server.wire.body import parse_body
 from server.wire.requests import CompletionRequest
-from server.wire.responses import Completion, CompletionChoice, LegacyLogprobs
+from server.wire.responses import Completion, CompletionChoice, LegacyLogprobs, finish_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,8 +58,6 @@ def completions_router(service: Service) -> APIRouter:
 
 
 def _check(body: CompletionRequest, max_logprobs: int, max_choices: int) -> None:
-    if body.suffix:
-        raise invalid("suffix is not supported: the model cannot fill in the middle.", "suffix")
     if body.logprobs is not None and body.logprobs > max_logprobs:
         raise invalid(f"logprobs is {body.logprobs}; at most {max_logprobs} is taken.", "logprobs")
     if body.max_tokens == 0 and not body.echo:
@@ -124,20 +122,25 @@ class CompletionView:
     def whole(self, folded: list[Delta]) -> Completion:
         choices = []
         for index, delta in enumerate(self._best(folded)):
-            choice = self._choice(delta, first=True)
+            choice = self._finished(self._choice(delta, first=True), delta)
             choice.index = index
             choices.append(choice)
         return self._completion(choices, usage=usage_of(self.generation))
 
     def chunks_of(self, delta: Delta) -> Iterator[Completion]:
+        """The end is in a chunk of its own: clients lose text that comes with it."""
         first = delta.index not in self.begun
         choice = self._choice(delta, first=first)
-        if choice.text or delta.pieces or delta.finish is not None:
+        shows_tokens = self.body.logprobs is not None or self.body.return_token_ids
+        if choice.text or (delta.pieces and (shows_tokens or delta.finish is None)):
             self.begun.add(delta.index)
-            yield self._completion([choice], **self._stream_usage())
+            yield self._completion([choice], **chunk_usage(self.body, self.generation))
+        if delta.finish is not None:
+            end = self._finished(CompletionChoice(index=delta.index, text=""), delta)
+            yield self._completion([end], **chunk_usage(self.body, self.generation))
 
     def last(self) -> Iterator[Completion]:
-        if self._stream_usage():
+        if chunk_usage(self.body, self.generation):
             yield self._completion([], usage=usage_of(self.generation))
 
     def _completion(self, choices: list[CompletionChoice], **usage: Any) -> Completion:
@@ -151,18 +154,12 @@ class CompletionView:
             **usage,
         )
 
-    def _stream_usage(self) -> dict[str, None]:
-        options = self.body.stream_options
-        return {"usage": None} if options is not None and options.include_usage else {}
-
     def _choice(self, delta: Delta, *, first: bool) -> CompletionChoice:
         number = delta.index // self.generation.num_choices
         echo = self._echo(number) if self.body.echo else ""
         choice = CompletionChoice(
             index=delta.index,
             text=echo + delta.text if first else delta.text,
-            finish_reason=delta.finish,
-            stop_reason=delta.stop_reason,
         )
         if self.body.logprobs is not None:
             choice.logprobs = self._logprobs(number, delta, len(echo), first=first)
@@ -175,6 +172,11 @@ class CompletionView:
             choice.prompt_logprobs = prompt_logprobs(
                 self.service.tokenizer, entries, self.body.prompt_logprobs
             )
+        return choice
+
+    def _finished(self, choice: CompletionChoice, delta: Delta) -> CompletionChoice:
+        choice.finish_reason, choice.finish_cause = finish_of(delta.finish)
+        choice.stop_reason = delta.stop_reason
         return choice
 
     def _logprobs(self, number: int, delta: Delta, echo_chars: int, *, first: bool) -> LegacyLogprobs:

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 
 from server import logs
-from server.delivery import ClientLeft, EventStream, collect, json_response, unless_client_leaves
+from server.delivery import (
+    ClientLeft,
+    EventStream,
+    collect,
+    json_response,
+    unless_client_leaves,
+    usage_of,
+)
 from server.exchange import exchange_of
 from server.middleware import call_of
-from server.wire.body import ignored_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,8 +27,8 @@ if TYPE_CHECKING:
     from server.service import Service
     from server.streams import Delta, Generation
     from server.wire.fields import GenerationFields
+    from server.wire.responses import Usage
 
-MAX_IGNORED_CHARS = 400
 MAX_LOOP_ANSWER_TOKENS = 256  # with 20 alternatives each, a few milliseconds
 CLIENT_LEFT = Response(status_code=499)  # nobody reads it
 
@@ -34,24 +40,23 @@ def tenant_of(request: Request, body: GenerationFields) -> str:
 
 
 def name_ignored(request: Request, service: Service, body: GenerationFields) -> dict[str, str]:
-    """The header that names fields which mean nothing here, and one log line."""
-    names = ignored_fields(body)
+    """The header that names fields without effect, for whoever wonders."""
+    names = list(body.ignored)
     if body.priority is not None and service.config.engine.scheduler.policy != "priority":
-        names = sorted([*names, "priority"])
-    parts = {
-        "stream_options": body.stream_options,
-        "decoding": body.decoding,
-        "decoding.lossy": body.decoding.lossy if body.decoding is not None else None,
-    }
-    for path, part in parts.items():
-        if part is not None:
-            names += [f"{path}.{name}" for name in ignored_fields(part)]
+        names.append("priority")
     if not names:
         return {}
-    shown = logs.sanitise(",".join(names), MAX_IGNORED_CHARS)
-    header = "".join(char if char.isascii() else "?" for char in shown)
-    logs.log(logging.WARNING, "ignored fields", request=call_of(request).request_id, fields=header)
-    return {"x-octavo-ignored-fields": header}
+    shown = ",".join(sorted(names))
+    logs.log(logging.DEBUG, "ignored fields", request=call_of(request).request_id, fields=shown)
+    return {"x-octavo-ignored-fields": shown}
+
+
+def chunk_usage(body: GenerationFields, generation: Generation) -> dict[str, Usage | None]:
+    """What each chunk of a stream says of usage; null announces a chunk of its own at the end."""
+    options = body.stream_options
+    if options is None or not options.include_usage:
+        return {}
+    return {"usage": usage_of(generation) if options.continuous_usage_stats else None}
 
 
 async def answer(

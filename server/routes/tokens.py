@@ -16,8 +16,8 @@ from server.logprobs import token_text
 from server.openapi import described
 from server.prompt_reader import check_token_ids
 from server.routes.bodies import read_body
-from server.wire.body import parse_body
-from server.wire.requests import DetokenizeRequest, TokenizeRequest
+from server.wire.body import parse_body, parse_object, validate
+from server.wire.requests import DetokenizeRequest, TokenizeChatRequest, TokenizeTextRequest
 from server.wire.responses import Text, TokenizerInfo, Tokens
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def tokens_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", **described(TokenizeRequest, Tokens))
+    @router.post("/tokenize", **described((TokenizeTextRequest, TokenizeChatRequest), Tokens))
     async def tokenize(request: Request) -> Response:
         body = await read_body(request, service, partial(_to_tokenize, service), max_loop_bytes=-1)
-        threads = service.threads if body.messages is None else service.rendering
+        threads = service.rendering if isinstance(body, TokenizeChatRequest) else service.threads
         return await threads.run_bounded(partial(_tokenize, service, body))
 
     @router.post("/detokenize", **described(DetokenizeRequest, Text))
@@ -57,16 +57,20 @@ def tokens_router(service: Service) -> APIRouter:
     return router
 
 
-def _to_tokenize(service: Service, raw: bytes) -> TokenizeRequest:
-    body = parse_body(raw, TokenizeRequest, service.config.server.max_json_depth)
+def _to_tokenize(service: Service, raw: bytes) -> TokenizeChatRequest | TokenizeTextRequest:
+    value = parse_object(raw, service.config.server.max_json_depth)
+    body: TokenizeChatRequest | TokenizeTextRequest
+    if value.get("messages") is None:
+        body = validate(value, TokenizeTextRequest)
+    else:
+        body = validate(value, TokenizeChatRequest)
     service.check_model(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise invalid("Give either prompt or messages.", "prompt")
     return body
 
 
-def _tokenize(service: Service, body: TokenizeRequest) -> Response:
-    ids = service.prompt_reader().read_tokenize(body)
+def _tokenize(service: Service, body: TokenizeChatRequest | TokenizeTextRequest) -> Response:
+    reader = service.prompt_reader()
+    ids = reader.tokenize_chat(body) if isinstance(body, TokenizeChatRequest) else reader.tokenize_text(body)
     answer = Tokens(count=len(ids), max_model_len=service.max_model_len, tokens=ids)
     if body.return_token_strs:
         answer.token_strs = [token_text(service.tokenizer, token) for token in ids]

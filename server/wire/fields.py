@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from server.wire import foreign_fields
 from server.wire.body import WireModel
 from server.wire.decoding import DecodingFields  # noqa: TC001 (pydantic reads the annotations)
 
@@ -33,7 +34,10 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(WireModel):
+    FOREIGN = foreign_fields.STREAM_OPTIONS
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # in every chunk, not only in one of its own at the end
 
 
 class GenerationFields(WireModel):
@@ -60,7 +64,6 @@ class GenerationFields(WireModel):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
     bad_words: Strings | None = None
     allowed_token_ids: TokenIds | None = None
     prompt_logprobs: TokenCount | None = None

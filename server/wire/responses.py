@@ -58,11 +58,24 @@ class LegacyLogprobs(Answer, kw_only=True):
     text_offset: list[int]
 
 
+FinishWord = Literal["stop", "length"]  # those of OpenAI's that fit; SDKs may refuse any other
+
+
+def finish_of(reason: str | None) -> tuple[FinishWord | None, str | UnsetType]:
+    """Why a choice ended, as OpenAI says it, and the cause where that does not tell it."""
+    match reason:
+        case None | "stop" | "length":
+            return reason, UNSET
+        case _:  # it was cut off: by a deadline, or an abort
+            return "length", reason
+
+
 class CompletionChoice(Answer, kw_only=True):
     index: int
     text: str
     logprobs: LegacyLogprobs | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishWord | None = None
+    finish_cause: str | UnsetType = UNSET
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
@@ -115,7 +128,8 @@ class ChatChoice(Answer, kw_only=True):
     index: int
     message: Message
     logprobs: ChatLogprobs | None = None
-    finish_reason: str
+    finish_reason: FinishWord
+    finish_cause: str | UnsetType = UNSET
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
 
@@ -124,7 +138,8 @@ class ChunkChoice(Answer, kw_only=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
+    finish_reason: FinishWord | None = None
+    finish_cause: str | UnsetType = UNSET
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 

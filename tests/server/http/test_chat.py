@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -62,17 +63,22 @@ def test_harmless_tool_fields_are_accepted(server: Running) -> None:
     chat(server, max_tokens=1, tools=[], tool_choice="none", response_format={"type": "text"})
 
 
-def test_tools_are_shown_where_no_call_is_expected(server: Running) -> None:
-    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+@pytest.mark.parametrize(
+    "choice", [{}, {"tool_choice": None}, {"tool_choice": "auto"}, {"tool_choice": "none"}], ids=str
+)
+def test_tools_may_be_there_and_the_text_is_the_answer(server: Running, choice: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages = [
         *MESSAGES,
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
         {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "5"}]},
     ]
-    chat(server, max_tokens=1, tools=[tool], tool_choice="none", messages=messages)
+    answer = chat(server, max_tokens=1, tools=[tool], messages=messages, parallel_tool_calls=True, **choice)
     expected = b"user: hi\nassistant: \ntool: 5\nassistant: "
     assert bytes(server.engine.requests[-1].prompt_ids) == expected
+    assert answer["choices"][0]["message"]["content"] == "a"
+    assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_logprobs(server: Running) -> None:
@@ -116,6 +122,7 @@ def test_stream_says_role_text_finish_usage_done(server: Running) -> None:
     assert parsed[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in parsed[:-1]) == "abc"
     assert [chunk["choices"][0]["finish_reason"] for chunk in parsed[:-1]][-2:] == [None, "length"]
+    assert parsed[-2]["choices"][0]["delta"] == {}
     assert all(chunk["usage"] is None for chunk in parsed[:-1])
     assert parsed[-1]["choices"] == []
     assert parsed[-1]["usage"]["completion_tokens"] == 3
@@ -129,6 +136,58 @@ def test_stream_without_usage_says_nothing_of_it(server: Running) -> None:
     assert all("usage" not in json.loads(chunk) for chunk in chunks)
 
 
+ENDS = [
+    {"max_tokens": 4},
+    {"max_tokens": 9, "stop": "ef"},
+    {"max_tokens": 9, "stop_token_ids": [ord("d")]},
+    {"max_tokens": 9, "stop_token_ids": [ord("a")]},
+    {"max_tokens": 1},
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=str)
+@pytest.mark.parametrize("tokens_per_step", [1, 4])
+def test_the_end_brings_no_text_that_a_client_could_lose(end: dict[str, Any], tokens_per_step: int) -> None:
+    """With everything in one step as well, and where a choice ends before it says anything."""
+    asked = {**end, "n": 2, "stream": True, "return_token_ids": True}
+    chats = {"messages": MESSAGES, "logprobs": True, **asked}
+    texts = {"prompt": "x", "logprobs": 1, **asked}
+    with running(FakeEngine(tokens_per_step=tokens_per_step)) as server:
+        ended = set()
+        for chunk in events(server, "/v1/chat/completions", chats)[:-1]:
+            choice = json.loads(chunk)["choices"][0]
+            assert choice["index"] not in ended
+            if choice["finish_reason"] is not None:
+                ended.add(choice["index"])
+                assert choice["delta"] == {}
+                assert choice["logprobs"] is None
+                assert "token_ids" not in choice
+        assert ended == {0, 1}
+        whole = server.post("/v1/chat/completions", {**chats, "stream": False}).json()
+        assert len(whole["choices"][0]["token_ids"]) == len(whole["choices"][0]["logprobs"]["content"])
+        ids: dict[int, list[int]] = {0: [], 1: []}
+        for chunk in events(server, "/v1/completions", texts)[:-1]:
+            choice = json.loads(chunk)["choices"][0]
+            if choice["finish_reason"] is not None:
+                assert (choice["text"], choice["logprobs"]) == ("", None)
+                assert "token_ids" not in choice
+            else:
+                ids[choice["index"]] += choice["token_ids"]
+        whole = server.post("/v1/completions", {**texts, "stream": False}).json()
+        assert [ids[0], ids[1]] == [choice["token_ids"] for choice in whole["choices"]]
+
+
+def test_usage_in_every_chunk_for_who_asks(server: Running) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": MESSAGES, "max_tokens": 3, "stream": True, "stream_options": options}
+    chunks = [json.loads(chunk) for chunk in events(server, "/v1/chat/completions", body)[:-1]]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+    assert chunks[-1]["choices"] == []
+    assert all(chunk["usage"]["prompt_tokens"] == 20 for chunk in chunks)
+
+
 @pytest.mark.parametrize("stop", [None, "ef", "xyzq"])
 @pytest.mark.parametrize("echo", [False, True])
 def test_streamed_equals_whole(server: Running, stop: str | None, echo: bool) -> None:
@@ -140,12 +199,14 @@ def test_streamed_equals_whole(server: Running, stop: str | None, echo: bool) ->
     finishes = {}
     for chunk in events(server, "/v1/completions", {**body, "stream": True})[:-1]:
         choice = json.loads(chunk)["choices"][0]
+        assert choice["index"] not in finishes
+        if choice["finish_reason"]:
+            assert (choice["text"], choice["logprobs"]) == ("", None)
+            finishes[choice["index"]] = choice["finish_reason"]
+            continue
         texts[choice["index"]] += choice["text"]
         tokens[choice["index"]] += choice["logprobs"]["tokens"]
         offsets[choice["index"]] += choice["logprobs"]["text_offset"]
-        if choice["finish_reason"]:
-            assert choice["index"] not in finishes
-            finishes[choice["index"]] = choice["finish_reason"]
     for index, choice in whole.items():
         assert texts[index] == choice["text"]
         assert tokens[index] == choice["logprobs"]["tokens"]

@@ -280,13 +280,3 @@ def test_best_of_keeps_the_likeliest(server: Running) -> None:
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert answer["choices"][0]["logprobs"] is None
     assert answer["usage"]["completion_tokens"] == 16
-
-
-def test_unknown_fields_are_named_in_a_header(server: Running) -> None:
-    body = {"prompt": "x", "stream": True, "grammar": "g", "stream_options": {"extra": 1}}
-    header = server.post("/v1/completions", body).headers["x-octavo-ignored-fields"]
-    assert header == "grammar,stream_options.extra"
-    hostile = {"prompt": "x", "max_tokens": 1, "a\r\nset-cookie: x": 1, "é" * 2000: 2}
-    header = server.post("/v1/completions", hostile).headers["x-octavo-ignored-fields"]
-    assert "\n" not in header
-    assert len(header) < 500

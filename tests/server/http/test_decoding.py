@@ -95,11 +95,21 @@ def test_a_loaded_drafter_is_taken_and_the_configuration_may_name_one() -> None:
     assert [request.drafter for request in server.engine.requests] == ["eagle", "prompt_lookup"]
 
 
-def test_fields_of_decoding_that_mean_nothing_are_named(server: Running) -> None:
-    lossy = {"acceptance": "typical", "alpha": 0.3}
-    body = {"prompt": "a", "decoding": {"method": "speculative", "tree": True, "lossy": lossy}}
-    response = server.post("/v1/completions", body)
-    assert response.headers["x-octavo-ignored-fields"] == "decoding.tree,decoding.lossy.alpha"
+@pytest.mark.parametrize(
+    ("decoding", "param"),
+    [
+        ({"method": "speculative", "tree": True}, "decoding.tree"),
+        (
+            {"method": "speculative", "lossy": {"acceptance": "typical", "epsilom": 0.3}},
+            "decoding.lossy.epsilom",
+        ),
+    ],
+)
+def test_fields_of_decoding_that_mean_nothing_are_refused(
+    server: Running, decoding: dict[str, Any], param: str
+) -> None:
+    response = server.post("/v1/completions", {"prompt": "a", "decoding": decoding})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
 LOSSY = {

@@ -44,8 +44,11 @@ def raw_request(server: Running, path: str, body: dict[str, Any]) -> socket.sock
 @pytest.mark.parametrize("step_s", [0.01, 30.0])
 def test_abort_follows_disconnect(stream: bool, path: str, step_s: float) -> None:
     with running(FakeEngine(step_s=step_s)) as server:
-        messages = [{"role": "user", "content": "x"}]
-        body = {"prompt": ["x", "y"], "messages": messages, "n": 2, "max_tokens": 200, "stream": stream}
+        prompts = {
+            "/v1/completions": {"prompt": ["x", "y"]},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        }
+        body = {**prompts[path], "n": 2, "max_tokens": 200, "stream": stream}
         connection = raw_request(server, path, body)
         within(5, lambda: bool(server.engine.live))
         if stream and step_s < 1:
@@ -97,7 +100,7 @@ def test_deadline_without_a_token_is_504_and_with_some_keeps_them() -> None:
         answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 200, "timeout_s": 0.2})
         assert answer.status_code == 200
         choice = answer.json()["choices"][0]
-        assert choice["finish_reason"] == "deadline"
+        assert (choice["finish_reason"], choice["finish_cause"]) == ("length", "deadline")
         assert 0 < len(choice["text"]) < 10
         server.engine.stuck = True
         began = time.monotonic()
@@ -115,7 +118,8 @@ def test_a_streamed_deadline_is_504_before_the_first_token_and_a_reason_after() 
         streamed = server.post("/v1/completions", body)
         assert streamed.status_code == 200
         chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n")[:-2]]
-        assert chunks[-1]["choices"][0]["finish_reason"] == "deadline"
+        end = chunks[-1]["choices"][0]
+        assert (end["finish_reason"], end["finish_cause"]) == ("length", "deadline")
         assert 0 < len("".join(chunk["choices"][0]["text"] for chunk in chunks)) < 10
         server.engine.stuck = True
         late = server.post("/v1/completions", body)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import openai
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from tests.server.fake_engine import FakeEngine
+from scheduler.types import FinishReason
+from tests.server.byte_tokenizer import EOS
+from tests.server.fake_engine import FakeEngine, Live
 from tests.server.http.conftest import MODEL, Running, running
 from tests.server.http.test_disconnect import within
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from engine.messages import SequenceOutput
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -71,6 +79,49 @@ async def test_async_stream(server: Running) -> None:
         async for chunk in stream:
             texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
         assert texts == ["abcd", "bcde"]
+
+
+@dataclass
+class CutOff(FakeEngine):
+    """Ends every sequence after two tokens."""
+
+    cause: FinishReason = FinishReason.DEADLINE
+
+    def _advance(self, live: Live) -> SequenceOutput:
+        return self._end(live, self.cause) if live.sent == 2 else super()._advance(live)
+
+
+@pytest.mark.parametrize(
+    ("engine", "word", "cause"),
+    [
+        (FakeEngine(), "length", None),
+        (FakeEngine(reply=lambda request, index: [*b"ab", EOS]), "stop", None),
+        (CutOff(), "length", "deadline"),
+        (CutOff(cause=FinishReason.ABORT), "length", "abort"),
+    ],
+)
+def test_how_a_choice_ends_is_a_word_that_the_sdk_knows(
+    engine: FakeEngine, word: str, cause: str | None
+) -> None:
+    """Checked against the SDK's types, as strict clients do; the SDK itself takes anything."""
+    with running(engine) as server:
+        asked: dict[str, object] = {"messages": MESSAGES, "max_tokens": 3}
+        chat = server.post("/v1/chat/completions", asked).json()
+        ChatCompletion.model_validate(chat)
+        text = server.complete(max_tokens=3)
+        Completion.model_validate(text)
+        ends = [chat["choices"][0], text["choices"][0]]
+        bodies = {"/v1/chat/completions": asked, "/v1/completions": {"prompt": "x", "max_tokens": 3}}
+        for path, body in bodies.items():
+            blocks = server.post(path, {**body, "stream": True}).text.split("\n\n")[:-2]
+            chunks = [json.loads(block.removeprefix("data: ")) for block in blocks]
+            ends.append(chunks[-1]["choices"][0])
+            if "messages" in body:  # of completions the SDK has no type for chunks
+                for chunk in chunks:
+                    ChatCompletionChunk.model_validate(chunk)
+        assert [(end["finish_reason"], end.get("finish_cause")) for end in ends] == [(word, cause)] * 4
+        reason = cause or word
+        assert server.num_ended(reason) == 4
 
 
 def test_models(sdk: openai.OpenAI) -> None:

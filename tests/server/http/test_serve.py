@@ -135,7 +135,7 @@ def test_sigterm_drains_and_exits_0() -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert server.popen.wait(10) == 0
         client.join(5)
-        assert texts[0].count('"text":') == 40
+        assert texts[0].count('"text":') == 41  # the end is in a chunk of its own
         assert texts[0].endswith("[DONE]\n\n")
 
 
