@@ -14,7 +14,7 @@ import torch
 from cuda_kernels.ops import pick
 from engine import sizing
 from engine.batch import BatchBuilder
-from engine.checkpoint import Checkpoint, locate
+from engine.checkpoint import locate
 from engine.core import EngineCore
 from engine.drafting import AUTO, LIGHT
 from engine.drafting.guess import DraftsAhead
@@ -37,6 +37,7 @@ from engine.tiers.disk import open_disk_file
 from engine.tiers.host import HostPool
 from engine.tiers.identity import kv_identity
 from engine.tiers.measure import measure_copies
+from engine.weights.checksum import weights_digest
 from engine.weights.loader import load_weights
 from engine.weights.paths import named_path
 from scheduler.machine import MachineError
@@ -90,7 +91,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device, sizing.free_bytes(device))
     watch.lap("load weights")
-    ops = pick(device)
+    ops, digest = pick(device), weights_digest(weights)
     model = Transformer(shape, weights, ops)
     watch.lap("build model")
     settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len)
@@ -100,12 +101,13 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     storage = KVStorage(
         shape, settings.num_pages, settings.page_size, dtype, device, num_scratch_pages(shape)
     )
-    settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint)
+    identity = kv_identity(digest, shape, ops, dtype, device, settings.page_size)
+    settings, copier, disk_index = _lower_tiers(config, settings, storage, identity)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
     watch.lap("lay out pages")
-    costs = _costs(config, settings, checkpoint, model, storage, batches, copier)
+    costs = _costs(config, settings, identity, model, storage, batches, copier)
     watch.lap("measure costs")
-    lengths = LengthsFile(state_folder(config), kv_identity(checkpoint, dtype, device, settings.page_size))
+    lengths = LengthsFile(state_folder(config), digest)
     scheduler = Scheduler(
         settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
     )
@@ -130,6 +132,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         disk_pages=settings.disk_pages,
         costs=costs,
         drafters=tuple(core.speculation.drafters),
+        identity=identity.hex(),
     )
     return BuiltEngine(core, ready, lengths)
 
@@ -166,7 +169,7 @@ def _check_drafter(config: EngineConfig, names: tuple[str, ...]) -> None:
 
 
 def _lower_tiers(
-    config: EngineConfig, settings: SchedulerConfig, storage: KVStorage, checkpoint: Checkpoint
+    config: EngineConfig, settings: SchedulerConfig, storage: KVStorage, identity: bytes
 ) -> tuple[SchedulerConfig, Copier | None, dict[bytes, int]]:
     """Host and disk pages as configured -> settings with their numbers, who copies, what the disk holds."""
     host_pages = settings.host_pages or config.host_cache_bytes // storage.page_bytes
@@ -188,7 +191,6 @@ def _lower_tiers(
         )
     disk = None
     if disk_pages:
-        identity = kv_identity(checkpoint, storage.pages.dtype, storage.pages.device, settings.page_size)
         disk = open_disk_file(_disk_path(config, identity), identity, storage.page_bytes, disk_pages)
     # Without a prefix cache pages are private, by numbers that every process counts anew.
     index = _disk_index(disk) if disk and settings.prefix_cache else {}
@@ -217,7 +219,7 @@ def _disk_path(config: EngineConfig, identity: bytes) -> Path:
 def _costs(
     config: EngineConfig,
     settings: SchedulerConfig,
-    checkpoint: Checkpoint,
+    identity: bytes,
     model: Transformer,
     storage: KVStorage,
     batches: BatchBuilder,
@@ -225,7 +227,7 @@ def _costs(
 ) -> CostModel:
     try:
         folder = state_folder(config)
-        costs = measured_costs(config.costs, checkpoint, model, storage, batches, settings, folder)
+        costs = measured_costs(config.costs, identity, model, storage, batches, settings, folder)
     except MachineError as error:
         raise EngineConfigError(str(error)) from None
     if copier is None or config.costs not in ("", MEASURE):

@@ -108,7 +108,7 @@ class Service:
         """Changes when the same seed may give another text."""
         ready = self.client.ready
         if not self._fingerprint and ready is not None:
-            parts = (self.version, self.model_name, ready.dtype, ready.device)
+            parts = (self.version, self.model_name, ready.dtype, ready.device, ready.identity)
             self._fingerprint = "fp_" + hashlib.blake2b("|".join(parts).encode(), digest_size=6).hexdigest()
         return self._fingerprint
 
