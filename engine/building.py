@@ -94,6 +94,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     ops, digest = pick(device), weights_digest(weights)
     model = Transformer(shape, weights, ops)
     watch.lap("build model")
+    config = sizing.with_draft_stores(config)
     settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len)
     # An explicit number of pages may hold less than the model's context: then that is the context.
     spans = kv_spans(shape, settings.page_size)
@@ -112,10 +113,12 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
     )
     runner = Runner(model, storage, batches, scheduler)
-    drafters = _drafters(found, settings, Surroundings.of(runner, checkpoint))
+    drafters = _drafters(found, config, settings, Surroundings.of(runner, checkpoint))
     watch.lap("load drafters")
     overlap = _overlap(config, drafters, device)
-    core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters, overlap)
+    core = EngineCore(
+        scheduler, runner, shape.vocab_size, copier, drafters, overlap, config.draft_store_bytes
+    )
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
@@ -138,12 +141,13 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
 
 
 def _drafters(
-    found: tuple[Found, ...], settings: SchedulerConfig, around: Surroundings
+    found: tuple[Found, ...], config: EngineConfig, settings: SchedulerConfig, around: Surroundings
 ) -> dict[str, Drafter]:
     """Those beside the light ones, by name."""
     free = sizing.free_bytes(around.device)
     if around.device.type == "cpu":  # promised, though not touched yet
         free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
+        free -= config.draft_store_bytes
     drafters: dict[str, Drafter] = {SKIPPED_LAYERS: SkippedLayers(around)}
     return drafters | load_drafters(found, around, free)
 
@@ -181,7 +185,7 @@ def _lower_tiers(
                 f"{storage.page_bytes}"
             )
         return replace(settings, host_pages=0, disk_pages=0), None, {}
-    free = sizing.free_bytes(torch.device("cpu"))
+    free = sizing.free_bytes(torch.device("cpu")) - config.draft_store_bytes
     if storage.pages.device.type == "cpu":
         free -= settings.num_pages * storage.page_bytes  # promised, though not touched yet
     if host_pages * storage.page_bytes > free:

@@ -102,9 +102,8 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
         free = sizing.free_bytes(device)
         stored_as, weight_bytes = check_weights(checkpoint, dtype, device, free)
         kv_bytes = config.kv_cache_bytes or int((free - weight_bytes) * sizing.memory_share(device))
-        settings = sizing.with_pages(
-            replace(config, kv_cache_bytes=kv_bytes), checkpoint, dtype, device, max_model_len
-        )
+        config = replace(sizing.with_draft_stores(config), kv_cache_bytes=kv_bytes)
+        settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len)
     except sizing.EngineConfigError as error:
         raise CheckpointError(str(error)) from None
     spans = kv_spans(shape, settings.page_size)

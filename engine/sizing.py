@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.drafting import STORE_BYTES
 from engine.models.kv_groups import kv_spans, page_values
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
 GPU_MEMORY_SHARE = 0.8
+DRAFT_STORE_SHARE = 1 / 16  # of the host's free memory
 
 
 class EngineConfigError(Exception):
@@ -59,6 +61,12 @@ def served_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
     return config.max_model_len or longest
 
 
+def with_draft_stores(config: EngineConfig) -> EngineConfig:
+    """With the bytes that light drafters may take of the host's memory, once the weights are loaded."""
+    fitting = int(free_bytes(torch.device("cpu")) * DRAFT_STORE_SHARE)
+    return replace(config, draft_store_bytes=config.draft_store_bytes or min(STORE_BYTES, fitting))
+
+
 def with_pages(
     config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_model_len: int
 ) -> SchedulerConfig:
@@ -70,6 +78,8 @@ def with_pages(
     spans = kv_spans(shape, settings.page_size)
     needed = spans.most_pages(max_model_len, chunk)
     free = free_bytes(device)
+    if device.type == "cpu":  # promised, though not touched yet
+        free = max(0, free - config.draft_store_bytes)
     if not num_pages:
         fitting = (config.kv_cache_bytes or int(free * memory_share(device))) // page_bytes
         num_pages = min(settings.max_num_seqs * needed, fitting)
@@ -91,8 +101,8 @@ def with_pages(
         )
     if num_pages * page_bytes > free:
         raise EngineConfigError(
-            f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free: lower num_pages or "
-            f"kv_cache_bytes"
+            f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free: lower num_pages, "
+            f"kv_cache_bytes or draft_store_bytes"
         )
     # The server refuses what is too much, in sequences; here is a backstop that it never reaches.
     backstop = settings.max_queued_requests + settings.max_num_seqs
