@@ -69,7 +69,9 @@ def _with_head(
             return config, []
         note = f"no tensor '{head.stored}': the embeddings serve as the head"
         return replace(config, tie_embeddings=True), [note]
-    if not config.tie_embeddings or source.equal(head.stored, embedding.stored):
+    if not config.tie_embeddings or embedding.stored not in source.names:
+        return config, []
+    if source.equal(head.stored, embedding.stored):
         return config, []
     note = f"the configuration ties the head to the embeddings, but '{head.stored}' differs: it is used"
     return replace(config, tie_embeddings=False), [note]

@@ -77,6 +77,12 @@ def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
     assert f"'{HEAD}' has shape [9, 64]" in refusal(locate(str(tmp_path)))
 
 
+def test_missing_embeddings_are_named_whatever_the_head(tmp_path: Path) -> None:
+    write_model(tmp_path, LLAMA)
+    changed(tmp_path, LLAMA, {HEAD: torch.ones(128, 64)}, without="model.embed_tokens.weight")
+    assert "'model.embed_tokens.weight' is missing" in refusal(locate(str(tmp_path)))
+
+
 def test_a_missing_head_is_the_embeddings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_model(tmp_path, LLAMA)
     expected = texts(tmp_path)
