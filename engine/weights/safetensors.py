@@ -48,7 +48,8 @@ class StoredTensor:
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor, of one file or of all that the index names. Raises CheckpointError."""
+    """Name -> tensor, of one file or of all that the index names, listed there or not. Raises
+    CheckpointError."""
     file_of, note = _placed(folder)
     if note:
         logger.warning("%s; %s is read as it is", note, SINGLE)
@@ -58,7 +59,8 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     for name, file in file_of.items():
         if name not in files[file]:
             raise CheckpointError(f"{folder / file}: tensor '{name}' is missing, which {INDEX} places there")
-    return {name: files[file][name] for name, file in file_of.items()}
+    every = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    return every | {name: files[file][name] for name, file in file_of.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
