@@ -14,7 +14,7 @@ import torch
 from cuda_kernels.ops import pick
 from engine import sizing
 from engine.batch import BatchBuilder
-from engine.checkpoint import Checkpoint, locate
+from engine.checkpoint import locate
 from engine.core import EngineCore
 from engine.drafting import AUTO, LIGHT
 from engine.drafting.guess import DraftsAhead
@@ -38,6 +38,7 @@ from engine.tiers.disk import open_disk_file
 from engine.tiers.host import HostPool
 from engine.tiers.identity import kv_identity
 from engine.tiers.measure import measure_copies
+from engine.weights.checksum import weights_digest
 from engine.weights.loader import load_weights
 from engine.weights.paths import named_path
 from scheduler.machine import MachineError
@@ -91,11 +92,12 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     watch.lap("locate checkpoint")
     weights = load_weights(checkpoint, dtype, device, sizing.free_bytes(device))
     watch.lap("load weights")
-    ops = pick(device)
+    ops, digest = pick(device), weights_digest(weights)
     model = Transformer(shape, weights, ops)
     watch.lap("build model")
     step_bytes = _step_bytes(config, model, dtype, device, max_model_len)
     promised_bytes = step_bytes + sum(one.size_bytes for one in found)
+    config = sizing.with_draft_stores(config)
     settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len, promised_bytes)
     # An explicit number of pages may hold less than the model's context: then that is the context.
     spans = kv_spans(shape, settings.page_size)
@@ -103,20 +105,23 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     storage = KVStorage(
         shape, settings.num_pages, settings.page_size, dtype, device, num_scratch_pages(shape)
     )
-    settings, copier, disk_index = _lower_tiers(config, settings, storage, checkpoint, step_bytes)
+    identity = kv_identity(digest, shape, ops, dtype, device, settings.page_size)
+    settings, copier, disk_index = _lower_tiers(config, settings, storage, identity, step_bytes)
     batches = BatchBuilder(shape, ops, settings.page_size, max_model_len, settings.max_num_seqs, device)
     watch.lap("lay out pages")
-    costs = _costs(config, settings, checkpoint, model, storage, batches, copier)
+    costs = _costs(config, settings, identity, model, storage, batches, copier)
     watch.lap("measure costs")
-    lengths = LengthsFile(state_folder(config), kv_identity(checkpoint, dtype, device, settings.page_size))
+    lengths = LengthsFile(state_folder(config), digest)
     scheduler = Scheduler(
         settings, time.monotonic, max_model_len, costs, lengths.lengths, disk_index, spans.spans
     )
     runner = Runner(model, storage, batches, scheduler)
-    drafters = _drafters(found, settings, Surroundings.of(runner, checkpoint), step_bytes)
+    drafters = _drafters(found, config, settings, Surroundings.of(runner, checkpoint), step_bytes)
     watch.lap("load drafters")
     overlap = _overlap(config, drafters, device)
-    core = EngineCore(scheduler, runner, shape.vocab_size, copier, drafters, overlap)
+    core = EngineCore(
+        scheduler, runner, shape.vocab_size, copier, drafters, overlap, config.draft_store_bytes
+    )
     ready = Ready(
         max_model_len=max_model_len,
         vocab_size=shape.vocab_size,
@@ -133,6 +138,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         disk_pages=settings.disk_pages,
         costs=costs,
         drafters=tuple(core.speculation.drafters),
+        identity=identity.hex(),
     )
     return BuiltEngine(core, ready, lengths)
 
@@ -150,12 +156,17 @@ def _step_bytes(
 
 
 def _drafters(
-    found: tuple[Found, ...], settings: SchedulerConfig, around: Surroundings, step_bytes: int
+    found: tuple[Found, ...],
+    config: EngineConfig,
+    settings: SchedulerConfig,
+    around: Surroundings,
+    step_bytes: int,
 ) -> dict[str, Drafter]:
     """Those beside the light ones, by name."""
     free = sizing.free_bytes(around.device) - step_bytes
     if around.device.type == "cpu":  # promised, though not touched yet
         free -= (settings.num_pages + settings.host_pages) * around.storage.page_bytes
+        free -= config.draft_store_bytes
     drafters: dict[str, Drafter] = {SKIPPED_LAYERS: SkippedLayers(around)}
     return drafters | load_drafters(found, around, free)
 
@@ -184,7 +195,7 @@ def _lower_tiers(
     config: EngineConfig,
     settings: SchedulerConfig,
     storage: KVStorage,
-    checkpoint: Checkpoint,
+    identity: bytes,
     step_bytes: int = 0,
 ) -> tuple[SchedulerConfig, Copier | None, dict[bytes, int]]:
     """Host and disk pages as configured -> settings with their numbers, who copies, what the disk holds."""
@@ -197,7 +208,7 @@ def _lower_tiers(
                 f"{storage.page_bytes}"
             )
         return replace(settings, host_pages=0, disk_pages=0), None, {}
-    free = sizing.free_bytes(torch.device("cpu")) - step_bytes
+    free = sizing.free_bytes(torch.device("cpu")) - config.draft_store_bytes - step_bytes
     if storage.pages.device.type == "cpu":
         free -= settings.num_pages * storage.page_bytes  # promised, though not touched yet
     if host_pages * storage.page_bytes > free:
@@ -207,7 +218,6 @@ def _lower_tiers(
         )
     disk = None
     if disk_pages:
-        identity = kv_identity(checkpoint, storage.pages.dtype, storage.pages.device, settings.page_size)
         disk = open_disk_file(_disk_path(config, identity), identity, storage.page_bytes, disk_pages)
     # Without a prefix cache pages are private, by numbers that every process counts anew.
     index = _disk_index(disk) if disk and settings.prefix_cache else {}
@@ -236,7 +246,7 @@ def _disk_path(config: EngineConfig, identity: bytes) -> Path:
 def _costs(
     config: EngineConfig,
     settings: SchedulerConfig,
-    checkpoint: Checkpoint,
+    identity: bytes,
     model: Transformer,
     storage: KVStorage,
     batches: BatchBuilder,
@@ -244,7 +254,7 @@ def _costs(
 ) -> CostModel:
     try:
         folder = state_folder(config)
-        costs = measured_costs(config.costs, checkpoint, model, storage, batches, settings, folder)
+        costs = measured_costs(config.costs, identity, model, storage, batches, settings, folder)
     except MachineError as error:
         raise EngineConfigError(str(error)) from None
     if copier is None or config.costs not in ("", MEASURE):

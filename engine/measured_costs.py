@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import tempfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from engine.calibration import calibrate
-from engine.tiers.identity import kv_identity
+from engine.tiers.identity import device_name
 from scheduler.costs import CostModel
 from scheduler.machine import load_machine
 
 if TYPE_CHECKING:
     from engine.batch import BatchBuilder
-    from engine.checkpoint import Checkpoint
     from engine.kv_storage import KVStorage
     from engine.models.transformer import Transformer
     from scheduler.config import SchedulerConfig
@@ -38,21 +36,21 @@ _FORMAT: Final = 1  # what the figures mean; raised when the cost model changes
 
 def measured_costs(
     costs: str,
-    checkpoint: Checkpoint,
+    identity: bytes,
     model: Transformer,
     storage: KVStorage,
     batches: BatchBuilder,
     settings: SchedulerConfig,
     folder: Path | None,
 ) -> CostModel:
-    """`costs` is the setting: "", "measure" or the path of a machine file. `folder` is where state is kept;
-    None: nowhere. Call it while no page is in use.
+    """`costs` is the setting: "", "measure" or the path of a machine file. `identity`: what `kv_identity`
+    gives. `folder` is where state is kept; None: nowhere. Call it while no page is in use.
 
     Raises MachineError, one line, for a machine file that cannot be used.
     """
     if costs and costs != MEASURE:
         return load_machine(Path(costs).expanduser()).costs
-    path = folder / "costs" / f"{_identity(checkpoint, storage, settings.page_size)}.json" if folder else None
+    path = folder / "costs" / f"{_file_name(identity, storage)}.json" if folder else None
     if path is not None and not costs and (known := _read(path)) is not None:
         logger.debug("costs of steps from %s: %s", path, known)
         return known
@@ -69,21 +67,9 @@ def measured_costs(
     return found.costs
 
 
-def _identity(checkpoint: Checkpoint, storage: KVStorage, page_size: int) -> str:
-    cells = storage.keys[0]
-    model = kv_identity(checkpoint, cells.dtype, cells.device, page_size)
-    machine = repr((_FORMAT, _device_name(cells.device), torch.get_num_threads())).encode()
-    return hashlib.sha256(model + machine).hexdigest()[:32]
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return platform.machine()
-    return next((line for line in lines if line.startswith("model name")), platform.machine())
+def _file_name(identity: bytes, storage: KVStorage) -> str:
+    machine = repr((_FORMAT, device_name(storage.keys[0].device), torch.get_num_threads())).encode()
+    return hashlib.sha256(identity + machine).hexdigest()[:32]
 
 
 def _read(path: Path) -> CostModel | None:

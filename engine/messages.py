@@ -115,6 +115,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True, gc=False):
     disk_pages: int = 0
     costs: CostModel = CostModel()  # of steps, measured on this machine or given
     drafters: tuple[str, ...] = ()  # those that requests may name, beside "auto"
+    identity: str = ""  # changes with whatever the bits of a text's KV depend on: weights, kernels, machine
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True, gc=False):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.drafting import STORE_BYTES
 from engine.models.kv_groups import kv_spans, page_values
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 CPU_MEMORY_SHARE = 0.25  # of what is free after the weights are loaded; pages are touched as they are used
 GPU_MEMORY_SHARE = 0.9  # .. after the largest step has taken what it needs; not all comes back in one piece
+DRAFT_STORE_SHARE = 1 / 16  # of the host's free memory
 
 
 class EngineConfigError(Exception):
@@ -59,6 +61,12 @@ def served_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
     return config.max_model_len or longest
 
 
+def with_draft_stores(config: EngineConfig) -> EngineConfig:
+    """With the bytes that light drafters may take of the host's memory, once the weights are loaded."""
+    fitting = int(free_bytes(torch.device("cpu")) * DRAFT_STORE_SHARE)
+    return replace(config, draft_store_bytes=config.draft_store_bytes or min(STORE_BYTES, fitting))
+
+
 def with_pages(
     config: EngineConfig,
     checkpoint: Checkpoint,
@@ -77,7 +85,9 @@ def with_pages(
     needed = spans.most_pages(max_model_len, chunk)
     step_settings = f"max_num_batched_tokens = {chunk} or max_num_seqs = {settings.max_num_seqs}"
     found = free_bytes(device)
-    free = max(0, found - promised_bytes)
+    # On a CPU drafters' stores are promised of the same memory, though not touched yet.
+    stores = config.draft_store_bytes if device.type == "cpu" else 0
+    free = max(0, found - promised_bytes - stores)
     if not num_pages:
         fitting = (config.kv_cache_bytes or min(int(found * memory_share(device)), free)) // page_bytes
         num_pages = min(settings.max_num_seqs * needed, fitting)
@@ -100,7 +110,7 @@ def with_pages(
     if num_pages * page_bytes > free:
         raise EngineConfigError(
             f"{num_pages} KV pages take {num_pages * page_bytes} bytes, {free} are free beside the largest "
-            f"step: lower num_pages, kv_cache_bytes or {step_settings}"
+            f"step: lower num_pages, kv_cache_bytes, draft_store_bytes or {step_settings}"
         )
     # The server refuses what is too much, in sequences; here is a backstop that it never reaches.
     backstop = settings.max_queued_requests + settings.max_num_seqs

@@ -74,7 +74,7 @@ class Request:
     deadline_s: float | None = None
     priority: int = 0  # lower first, for the `priority` policy
     tenant: str = ""
-    cache_salt: str = ""  # sequences share pages only under equal salts
+    cache_salt: str = ""  # sequences share pages and drafts only under equal salts
     method: str = "autoregressive"  # decoding method, by name
     drafter: str = "auto"  # who guesses ahead, where the method verifies guesses
     max_draft_tokens: int = 0  # in one step; 0 = as many as pay

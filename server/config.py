@@ -51,6 +51,14 @@ class ServerConfig:
             "hash of the key"
         },
     )
+    tenants_share_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "with API keys: tenants find each other's KV pages and drafts, which is faster where "
+            "prompts are alike, and lets each find out by cached_tokens, accepted drafts and timing what "
+            "others have sent and got"
+        },
+    )
     admin_key: str = field(
         default="", metadata={"help": "bearer key of GET /debug/scheduler; empty = 404", "secret": True}
     )

@@ -57,6 +57,7 @@ _UNREAD = (
 )
 _WHOLE = frozenset({"top_k", "max_new_tokens"})
 _SHOWN_CHARS = 80
+_WAY_OUT = "--generation-config none leaves such defaults out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,8 @@ def _given(setting: str, checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any]
     if setting == NONE:
         return "", {}
     if not _is_path(setting):
+        if checkpoint.generation_problem:
+            raise CheckpointError(f"{checkpoint.generation_problem}; {_WAY_OUT}")
         return f"{checkpoint.path}: the model's generation defaults", checkpoint.generation
     path = named_path(setting, "generation_config")
     path = path / _FILE if path.is_dir() else path
@@ -146,8 +149,7 @@ def _checked(source: str, given: Mapping[str, Any]) -> dict[str, Any]:
         ):
             shown, kind = str(value)[:_SHOWN_CHARS], "a whole number" if name in _WHOLE else "a number"
             raise CheckpointError(
-                f"{source}: {name} = {shown} is not {kind} between {low:g} and {high:g}; "
-                f"--generation-config none leaves such defaults out"
+                f"{source}: {name} = {shown} is not {kind} between {low:g} and {high:g}; {_WAY_OUT}"
             )
         values[name] = max(0, int(value)) if name in _WHOLE else float(value)
     return values

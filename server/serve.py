@@ -166,6 +166,8 @@ def _warn_if_open(listener: socket.socket, config: ServerConfig) -> None:
 
 def _say_defaults(service: Service) -> None:
     """A model's own temperature surprises those who know OpenAI's API."""
+    if problem := service.checkpoint.generation_problem:
+        logs.log(logging.WARNING, "the model's generation defaults cannot be read", cause=problem)
     changed = service.defaults.changed()
     changed.pop("eos_token_ids", None)
     if changed:

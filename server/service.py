@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import time
 import uuid
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from server.wire.fields import GenerationFields
 
 NOT_READY_RETRY_S = 2
+_SALT_BYTES = 16
 DRAIN_GRACE_S = 1.0  # what cut streams get to send their last words
 
 
@@ -122,7 +124,7 @@ class Service:
         """Changes when the same seed may give another text."""
         ready = self.client.ready
         if not self._fingerprint and ready is not None:
-            parts = (self.version, self.model_name, ready.dtype, ready.device)
+            parts = (self.version, self.model_name, ready.dtype, ready.device, ready.identity)
             self._fingerprint = "fp_" + hashlib.blake2b("|".join(parts).encode(), digest_size=6).hexdigest()
         return self._fingerprint
 
@@ -255,11 +257,22 @@ class Service:
                     deadline_s=self._deadline_s(arrival_s, body.timeout_s),
                     priority=body.priority or 0,
                     tenant=job.tenant,
-                    cache_salt=body.cache_salt or "",
+                    cache_salt=self._cache_salt(job),
                     **self._decoding(body),
                 )
             )
         return requests
+
+    def _cache_salt(self, job: Job) -> str:
+        """Under which all that requests share is kept: KV pages on every tier, earlier answers, tables of
+        drafts. Where keys tell tenants apart, each has its own."""
+        server = self.config.server
+        tenant = job.tenant if server.api_keys and not server.tenants_share_cache else ""
+        salt = job.body.cache_salt or ""
+        if not (tenant or salt):
+            return ""
+        # Neither can spell the other's part, and a digest's length is bounded.
+        return hashlib.blake2b(json.dumps([tenant, salt]).encode(), digest_size=_SALT_BYTES).hexdigest()
 
     def _decoding(self, body: GenerationFields) -> Decoding:
         return decoding_of(body.decoding, self.config.engine, self.client.ready)

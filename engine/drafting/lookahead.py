@@ -22,6 +22,7 @@ WIDTH = 7  # places of the trajectory: with the last token they fill a block of 
 NGRAM = 5
 POOL, TRAJECTORY = 0, 1  # where a draft comes from
 BELIEF = 0.4
+MAX_POOL = 512  # first tokens of a sequence's n-grams: some 0.1 MB
 
 
 @dataclass(slots=True)
@@ -66,6 +67,8 @@ def _learn(state: _State, seen: Seen) -> None:
     drawn = [seen.drawn[draft + 1] for draft in (ROOT, *path)]
     for start in range(len(drawn) - 1):
         state.pool[drawn[start]] = tuple(drawn[start + 1 : start + NGRAM])
+        if len(state.pool) > MAX_POOL:
+            del state.pool[next(iter(state.pool))]
     agreed = 0
     while agreed < len(path) and drafts[path[agreed]] == drawn[agreed]:
         agreed += 1

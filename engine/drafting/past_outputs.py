@@ -1,7 +1,8 @@
 """Guesses from what the server has answered before: retries, agents and templates repeat one another.
 
-Outputs are kept by cache salt, so that nothing of one tenant shows in another's timing; in all at most
-`max_tokens` (about 0.8 KB each), oldest first out, a part of a salt's store at a time.
+Outputs are kept by cache salt, of which tenants that are told apart by keys have each their own, so that
+nothing of one shows in another's timing; in all at most `max_tokens` (of `TOKEN_BYTES` each), oldest first
+out, a part of a salt's store at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SEPARATOR = -1  # no token: a guess never runs from one output into the next
 class PastOutputs:
     taps: tuple[int, ...] = ()
 
-    def __init__(self, max_tokens: int = 2**18) -> None:
+    def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self._stores: OrderedDict[str, list[NgramIndex]] = OrderedDict()  # salt -> parts, the newest last
         self.num_tokens = 0

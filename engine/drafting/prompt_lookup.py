@@ -18,12 +18,12 @@ MAX_INDEXED_AT_ONCE = 2048  # tokens of all sequences, at some 6 us each: prompt
 
 
 class PromptLookup:
-    """Of all sequences at most about `max_tokens` are indexed, at some 0.8 KB each: who comes later gets no
+    """Of all sequences at most about `max_tokens` are indexed, of `TOKEN_BYTES` each: who comes later gets no
     guesses until there is room."""
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, max_tokens: int = 2**18) -> None:
+    def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.num_tokens = 0  # of sequences that are indexed, or are to be
         self._indices: dict[int, NgramIndex] = {}

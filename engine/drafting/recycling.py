@@ -34,8 +34,6 @@ MAX_DRAFTS = 24  # of a guess
 LEAST_CHANCE = 0.02  # of a draft, with all that it follows
 MAX_ROWS = 64  # of a step are looked at; on a CPU that takes 15 us each, and some time for each call:
 FEW_ROWS = 4  # of a sequence: they are copied, to be looked at together with others'
-MAX_TABLE_BYTES = 128 * 2**20  # of all tables, if every token occurs in each
-FEWEST_TABLES = 4
 CHUNK = 128  # logits; see `largest`
 
 # How often the k-th candidate stands, by how many times in a row the target put the same one first. From nine
@@ -56,16 +54,17 @@ class _Table(NamedTuple):
 class Recycling:
     taps: tuple[int, ...] = ()
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, max_bytes: int) -> None:
+        """`max_bytes`: of all tables, if every token occurs in each; where none fits, nothing is guessed."""
         self._vocab_size = vocab_size
         self._width = min(CANDIDATES, vocab_size)
         table_bytes = vocab_size * (4 * self._width + 1)
-        self._max_tables = max(FEWEST_TABLES, MAX_TABLE_BYTES // table_bytes)
+        self._max_tables = max_bytes // table_bytes
         self._turn = 0
         self._tables: OrderedDict[str, _Table] = OrderedDict()  # by salt; the one least recently used goes
 
     def guess(self, wants: SequenceOf[Want]) -> list[Guess]:
-        return [self._guess(want) for want in wants]
+        return [self._guess(want) if self._max_tables else NO_GUESS for want in wants]
 
     def _guess(self, want: Want) -> Guess:
         """Best first: a node taken offers its first child and its next sibling, which are no likelier."""
@@ -99,6 +98,8 @@ class Recycling:
         return Guess(tuple(tokens), tuple(parents), tuple(kinds), tuple(beliefs)) if tokens else NO_GUESS
 
     def observe(self, seen: SequenceOf[Seen]) -> None:
+        if not self._max_tables:
+            return
         few: list[tuple[Seen, list[int]]] = []
         for one, rows in self._pick([one for one in seen if one.drawn and one.logits is not None]):
             if len(rows) < FEW_ROWS:

@@ -29,10 +29,7 @@ _OUTER = ("tie_word_embeddings",)  # what a model around the text model decides 
 
 def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
     """The transformer that a parsed config.json describes. Raises CheckpointError."""
-    architectures = config.get("architectures")
-    family = next((known for known in FAMILIES if architectures == [known.architecture]), None)
-    if family is None:
-        raise unsupported("config.json architectures", architectures, _known(FAMILIES))
+    family = _family_of(config)
     own = Fields("config.json", config)
     if family.nested:
         own = own.within(family.nested)
@@ -42,6 +39,19 @@ def from_config_json(config: Mapping[str, Any]) -> TransformerConfig:
     for name, allowed in family.fixed.items():
         fields.check(name, *allowed)
     return checked(read_shape(family, fields))
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    """By its architecture; where none is named by its model_type, as transformers finds it."""
+    architectures, kind = config.get("architectures"), config.get("model_type")
+    named = architectures not in (None, [])
+    for family in FAMILIES:
+        if architectures == [family.architecture] if named else kind == family.model_type:
+            return family
+    if named or kind is None:
+        raise unsupported("config.json architectures", architectures, _known(FAMILIES))
+    known = ", ".join(family.model_type for family in FAMILIES)
+    raise unsupported("config.json without architectures: model_type", kind, f"; these are: {known}")
 
 
 def from_gguf(

@@ -33,6 +33,7 @@ _QWEN = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_l
 _GEMMA3 = Family(
     name="gemma3",
     architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
     layers=layers.gemma3,
     traits=lambda fields: traits.gemma(fields) | {"qk_norm": QKNorm.HEAD},
     defaults=_GEMMA
@@ -46,6 +47,7 @@ _GEMMA3 = Family(
 _QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
     layers=layers.qwen,
     traits=lambda fields: {"qkv_bias": True},
     defaults=_QWEN,
@@ -56,6 +58,7 @@ FAMILIES = (
     Family(
         name="llama",
         architecture="LlamaForCausalLM",
+        model_type="llama",
         layers=layers.alike,
         traits=traits.biases,
         fixed=_SILU | {"sliding_window": ()},
@@ -63,6 +66,7 @@ FAMILIES = (
     Family(
         name="mistral",
         architecture="MistralForCausalLM",
+        model_type="mistral",
         layers=layers.all_windowed,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": _MAX_CONTEXT},
         fixed=_SILU | {"layer_types": ()},
@@ -70,6 +74,7 @@ FAMILIES = (
     Family(
         name="smollm3",
         architecture="SmolLM3ForCausalLM",
+        model_type="smollm3",
         layers=layers.smollm3,
         traits=traits.biases,
         defaults={
@@ -79,10 +84,12 @@ FAMILIES = (
         fixed=_SILU,
     ),
     _QWEN2,
-    replace(_QWEN2, architecture="MiMoForCausalLM"),  # and a head that predicts the token after the next
+    # And a head that predicts the token after the next.
+    replace(_QWEN2, architecture="MiMoForCausalLM", model_type="mimo"),
     Family(
         name="qwen3",
         architecture="Qwen3ForCausalLM",
+        model_type="qwen3",
         layers=layers.qwen,
         traits=lambda fields: traits.attention_biases(fields) | {"qk_norm": QKNorm.HEAD},
         defaults=_QWEN | {"head_dim": 128},
@@ -91,6 +98,7 @@ FAMILIES = (
     Family(
         name="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
+        model_type="qwen3_moe",
         layers=layers.qwen3_moe,
         traits=traits.qwen3_moe,
         defaults=_QWEN
@@ -100,6 +108,7 @@ FAMILIES = (
     Family(
         name="mixtral",
         architecture="MixtralForCausalLM",
+        model_type="mixtral",
         layers=layers.mixtral,
         traits=traits.mixtral,
         defaults={
@@ -111,6 +120,7 @@ FAMILIES = (
     Family(
         name="gemma2",
         architecture="Gemma2ForCausalLM",
+        model_type="gemma2",
         layers=layers.gemma2,
         traits=traits.gemma,
         defaults=_GEMMA
@@ -120,10 +130,13 @@ FAMILIES = (
         fixed=_GELU,
     ),
     _GEMMA3,
-    replace(_GEMMA3, architecture="Gemma3ForConditionalGeneration", nested="text_config"),
+    replace(
+        _GEMMA3, architecture="Gemma3ForConditionalGeneration", model_type="gemma3", nested="text_config"
+    ),
     Family(
         name="phi3",
         architecture="Phi3ForCausalLM",
+        model_type="phi3",
         layers=layers.phi3,
         defaults={
             "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096,
@@ -133,6 +146,7 @@ FAMILIES = (
     Family(
         name="olmo2",
         architecture="Olmo2ForCausalLM",
+        model_type="olmo2",
         layers=layers.alike,
         traits=lambda fields: traits.attention_biases(fields)
         | {"norm_placement": NormPlacement.POST, "qk_norm": QKNorm.WHOLE},
@@ -142,6 +156,7 @@ FAMILIES = (
     Family(
         name="gpt-oss",
         architecture="GptOssForCausalLM",
+        model_type="gpt_oss",
         layers=layers.gpt_oss,
         traits=traits.gpt_oss,
         defaults={
@@ -158,6 +173,7 @@ FAMILIES = (
     Family(
         name="llama4",
         architecture="Llama4ForCausalLM",
+        model_type="llama4_text",
         layers=layers.llama4,
         traits=traits.llama4,
         defaults={

@@ -21,7 +21,7 @@ MAX_EXPERTS = 1024  # of a layer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One architecture of config.json.
+    """One architecture of config.json, which goes by its `model_type` where none is named.
 
     `defaults` are its fields' values where they are absent; `fixed` maps a field to the values it may have
     (absent and null always pass). `layers` gives an entry for each of so many layers of heads of that size;
@@ -31,6 +31,7 @@ class Family:
 
     name: str
     architecture: str
+    model_type: str  # what config.json calls it, with or without its architecture
     layers: Callable[[Fields, int, int], tuple[Layer, ...]]
     traits: Callable[[Fields], dict[str, Any]] = lambda fields: {}
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -35,7 +35,8 @@ class Transformer:
         self.layers = [take_layer(weights, config, index) for index in range(config.num_layers)]
         self.stack = Layers(config, self.layers, ops, self.embedding.device)
         self.final_norm = take_norm(weights, "final_norm", config)
-        self.head = self.embedding if config.tie_embeddings else weights.pop("head")
+        # Not by the configuration: files may have a head that it denies, or lack the one that it promises.
+        self.head = weights.pop("head", self.embedding)
         assert not weights, f"weights without a place: {sorted(weights)[:3]}"
         # Rounded as the reference models round it, in the dtype of the embedding.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=self.embedding.dtype).item()

@@ -39,7 +39,7 @@ class Filling:
             jobs = [(target, piece) for target in targets for piece in target.pieces]
             total = sum(self.source.stored_bytes(piece.stored) for _, piece in jobs)
             with (
-                _workers(self._num_threads(targets)) as pool,
+                workers(self._num_threads(targets)) as pool,
                 progress_bar("loading weights", total) as advance,
             ):
                 work = [pool.submit(self._fill, weights[target.name], piece) for target, piece in jobs]
@@ -115,7 +115,7 @@ def _place(target: torch.Tensor, piece: Piece, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def _workers(count: int) -> Iterator[ThreadPoolExecutor]:
+def workers(count: int) -> Iterator[ThreadPoolExecutor]:
     """Each thread has tensors of its own, and no operation is spread over threads: widening is thousands
     of short operations, and where another process holds a core each of them would wait for its other half.
     """

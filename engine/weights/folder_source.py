@@ -37,7 +37,7 @@ def folder_source(folder: Path) -> WeightSource:
     if not quantised:
         raise CheckpointError(f"{folder}: config.json speaks of {quantisation.name}, no tensor is so stored")
     name = f"safetensors, {quantisation.name}"
-    return WeightSource(name, recipes | quantised, quantised_activations=quantisation.activations)
+    return WeightSource(name, recipes | quantised, quantisation.activations, quantised=True)
 
 
 def plain(stored: StoredTensor) -> Recipe:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.weights.errors import CheckpointError
 from engine.weights.json_files import read_json_object, read_text
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class FolderText:
     tokenizer: Mapping[str, Any]  # tokenizer_config.json
     special: Mapping[str, Any]  # special_tokens_map.json
     added: Mapping[str, Any]  # added_tokens.json: text -> id
+    generation_problem: str = ""  # why generation_config.json cannot be read
 
     def special_tokens(self) -> dict[str, str]:
         """ "bos_token" and its like -> text. Written as a string, or as an object with the string in it."""
@@ -70,12 +73,19 @@ class FolderText:
 
 
 def read(folder: Path) -> FolderText:
+    """Raises CheckpointError, but not for generation_config.json: whoever wants no defaults needs none."""
+    problem = ""
+    try:
+        generation = _if_there(folder / "generation_config.json")
+    except CheckpointError as error:
+        generation, problem = {}, str(error)
     return FolderText(
         folder,
-        _if_there(folder / "generation_config.json"),
+        generation,
         _if_there(folder / "tokenizer_config.json"),
         _if_there(folder / "special_tokens_map.json"),
         _if_there(folder / "added_tokens.json"),
+        problem,
     )
 
 
@@ -102,4 +112,5 @@ def _named(value: object) -> Iterator[tuple[str, str]]:
 
 
 def _if_there(path: Path) -> dict[str, Any]:
-    return read_json_object(path) if path.is_file() else {}
+    """A link to nothing is there, and cannot be read."""
+    return read_json_object(path) if os.path.lexists(path) else {}

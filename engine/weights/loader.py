@@ -16,6 +16,7 @@ from engine.weights.folder_source import folder_source
 from engine.weights.gguf_source import gguf_source
 from engine.weights.layout_folder import folder_targets
 from engine.weights.layout_gguf import gguf_targets
+from engine.weights.leftovers import as_stored, left_unread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +40,9 @@ def load_weights(
     """
     started = time.perf_counter()
     with _no_garbage_collection():
-        filling, targets = _plan(checkpoint, dtype, device, free_bytes)
+        filling, targets, notes = _plan(checkpoint, dtype, device, free_bytes)
+        for note in notes:
+            logger.warning("%s: %s", checkpoint.path, note)
         with verified(checkpoint):
             weights = filling.run(targets)
     _log(checkpoint, filling, weights, time.perf_counter() - started)
@@ -51,7 +54,7 @@ def check_weights(
 ) -> tuple[str, int]:
     """What `load_weights` would raise before it reads anything; else the format that the weights are stored
     in, for people, and the bytes that they would take."""
-    filling, targets = _plan(checkpoint, dtype, device, free_bytes)
+    filling, targets, _ = _plan(checkpoint, dtype, device, free_bytes)
     return filling.source.format_name, filling.kept_bytes(targets)
 
 
@@ -69,19 +72,29 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _plan(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, free_bytes: int | None
-) -> tuple[Filling, list[Target]]:
-    """Read the headers, and check everything that can be checked by them."""
+) -> tuple[Filling, list[Target], list[str]]:
+    """Read the headers, and check everything that can be checked by them; with what people should know."""
     source = _source(checkpoint)
     layout = folder_targets if checkpoint.kind is CheckpointKind.FOLDER else gguf_targets
-    found = layout(checkpoint.transformer, source.names)
-    targets = [_checked(checkpoint, source, target) for target in found]
+    try:
+        shape, notes = as_stored(checkpoint.transformer, source, layout)
+        targets = [_checked(checkpoint, source, target) for target in layout(shape, source.names)]
+        notes += left_unread(shape, source, targets)
+    except CheckpointError as error:
+        raise _named(checkpoint, error) from error
     adapter = Adapter(checkpoint.adapter) if checkpoint.adapter else None
     if adapter is not None:
         adapter.check(targets)
     filling = Filling(source, dtype, device, adapter)
     if free_bytes is not None:
         _check_memory(checkpoint, filling, targets, free_bytes)
-    return filling, targets
+    return filling, targets, notes
+
+
+def _named(checkpoint: Checkpoint, error: CheckpointError) -> CheckpointError:
+    """With the file in its line."""
+    where = str(checkpoint.path)
+    return error if where in str(error) else CheckpointError(f"{where}: {error}")
 
 
 def _source(checkpoint: Checkpoint) -> WeightSource:

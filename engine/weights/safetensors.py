@@ -7,6 +7,7 @@ Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import json
+import logging
 import stat
 import struct
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from engine.weights.json_files import MAX_JSON_BYTES, read_json_object
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+logger = logging.getLogger("octavo.engine")
 
 Shape = tuple[int, ...]
 
@@ -45,23 +48,27 @@ class StoredTensor:
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Name -> tensor, of one file or of all that the index names. Raises CheckpointError."""
-    index = folder / INDEX
-    if not index.is_file():
+    """Name -> tensor, of one file or of all that the index names, listed there or not. Raises
+    CheckpointError."""
+    file_of, note = _placed(folder)
+    if note:
+        logger.warning("%s; %s is read as it is", note, SINGLE)
+    if file_of is None:
         return read_safetensors(_single(folder))
-    file_of = _from_index(index)
     files = {file: read_safetensors(folder / file) for file in sorted(set(file_of.values()))}
     for name, file in file_of.items():
         if name not in files[file]:
             raise CheckpointError(f"{folder / file}: tensor '{name}' is missing, which {INDEX} places there")
-    return {name: files[file][name] for name, file in file_of.items()}
+    every = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    return every | {name: files[file][name] for name, file in file_of.items()}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that `read_folder` would read; beside them a folder may hold the weights in other forms.
     Raises CheckpointError for an index that is none."""
-    if (folder / INDEX).is_file():
-        return [folder / file for file in sorted(set(_from_index(folder / INDEX).values()))]
+    file_of, _ = _placed(folder)
+    if file_of is not None:
+        return [folder / file for file in sorted(set(file_of.values()))]
     return [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
 
 
@@ -174,6 +181,25 @@ def _single(folder: Path) -> Path:
             f"safetensors"
         )
     raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+
+
+def _placed(folder: Path) -> tuple[dict[str, str] | None, str]:
+    """Tensor name -> file name by the index; None where one file has everything, and what to say of that.
+    An index that was left beside such a file, and is none or names files that are gone, does not count."""
+    if not (folder / INDEX).is_file():
+        return None, ""
+    whole = (folder / SINGLE).is_file()
+    try:
+        file_of = _from_index(folder / INDEX)
+    except CheckpointError as error:
+        if not whole:
+            raise
+        return None, str(error)
+    gone = next((file for file in file_of.values() if not (folder / file).is_file()), None)
+    if whole and gone is not None:
+        return None, f"{folder / INDEX} names {gone}, which is not there"
+    # Of this one file the index can say nothing but what is outdated.
+    return None if whole and set(file_of.values()) <= {SINGLE} else file_of, ""
 
 
 def _from_index(path: Path) -> dict[str, str]:

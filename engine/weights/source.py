@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     Widen = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
 
 
+_COMPARED_BYTES = 2**24  # at a time: where two tensors differ, they do so soon
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How one plain tensor is made of stored ones.
@@ -44,8 +47,10 @@ class WeightSource:
         format_name: str,
         recipes: Mapping[str, Callable[[], Recipe]],
         quantised_activations: bool = False,
+        quantised: bool = False,
     ) -> None:
         self.format_name = format_name  # for people: "GGUF Q4_1", "safetensors BF16"
+        self.quantised = quantised  # beside the parts of recipes there may be tensors that no recipe needs
         self.quantised_activations = quantised_activations  # as its makers meant it; not computed so here
         self._makers = recipes
         self._recipes: dict[str, Recipe] = {}
@@ -66,6 +71,32 @@ class WeightSource:
 
     def stored_bytes(self, name: str) -> int:
         return sum(part.num_bytes for part in self.recipe(name).parts)
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are stored alike, to the last bit. Only files that are closed can be asked."""
+        one, other = self.recipe(first), self.recipe(second)
+        if one.shape != other.shape or len(one.parts) != 1 or len(other.parts) != 1:
+            return False
+        (mine,), (theirs,) = one.parts, other.parts
+        if (mine.dtype, mine.num_bytes, one.widen) != (theirs.dtype, theirs.num_bytes, other.widen):
+            return False
+        with self:
+            one_raw, other_raw = (
+                self._files.view(part).view(-1).view(torch.uint8) for part in (mine, theirs)
+            )
+            return all(
+                torch.equal(
+                    one_raw[start : start + _COMPARED_BYTES], other_raw[start : start + _COMPARED_BYTES]
+                )
+                for start in range(0, mine.num_bytes, _COMPARED_BYTES)
+            )
+
+    def is_zero(self, name: str) -> bool:
+        """Whether it holds zeros only. Only files that are closed can be asked."""
+        out = torch.empty(self.shape(name), dtype=torch.float32)
+        with self:
+            self.read_into(name, out)
+        return not out.any()
 
     def empty(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What `read_into` fills fastest: of the tensor's shape, not always contiguous."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -85,3 +86,18 @@ def test_a_broken_template_file_ends_the_start_in_one_line(
     (line,) = [line for line in daemon.lines if line.startswith("octavo serve: ")]
     assert f"chat_template {file}" in line
     assert why in line
+
+
+def test_broken_generation_defaults_end_the_start_only_of_those_who_want_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "generation_config.json").write_text("{")
+    refused = Daemon(str(copy), *FLAGS)
+    assert refused.wait() == 1
+    (line,) = [line for line in refused.lines if line.startswith("octavo serve: ")]
+    assert "generation_config.json: not JSON" in line
+    assert line.endswith("--generation-config none leaves such defaults out")
+    with Daemon(str(copy), *FLAGS, "--generation-config", "none") as daemon:
+        daemon.find_line(r"generation defaults cannot be read")
+        daemon.complete(prompt="Once upon", max_tokens=1)

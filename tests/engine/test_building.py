@@ -16,7 +16,7 @@ import engine.sizing
 from engine.building import build_engine
 from engine.checkpoint import locate
 from engine.config import EngineConfig
-from engine.drafting import LIGHT
+from engine.drafting import LIGHT, STORE_BYTES
 from engine.models.config import Layer
 from engine.sizing import EngineConfigError
 from engine.step_memory import asked_bytes, counted_bytes
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.checkpoint import Checkpoint
 
 FREE = 100_000_000  # beside what is kept for a step
-DEVICE_PAGES = 200  # of 368,640 bytes: they leave 26 MB
+DEVICE_PAGES = 200  # of 368,640 bytes: beside what drafters remember, a 16th, they leave 20 MB
 COSTS = str(Path(__file__).parents[2] / "configs" / "machines" / "cpu-2-cores-smollm2-135m.toml")
 
 
@@ -60,10 +60,10 @@ def free_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_host_pages_fit_beside_the_pages_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     free_after_loading(monkeypatch)
-    with pytest.raises(EngineConfigError, match=r"135 host pages .* 26272000 are free"):
-        build_engine(config(host_cache_bytes=50_000_000))
+    with pytest.raises(EngineConfigError, match=r"135 host pages .* 20022000 are free"):
+        build_engine(config(host_cache_bytes=50_000_000, draft_store_bytes=FREE // 16))
     free_after_loading(monkeypatch)
-    built = build_engine(config(host_cache_bytes=20_000_000))
+    built = build_engine(config(host_cache_bytes=20_000_000, draft_store_bytes=FREE // 16))
     assert (built.ready.num_pages, built.ready.host_pages) == (DEVICE_PAGES, 54)
     built.core.close()
 
@@ -134,6 +134,20 @@ def test_a_disk_needs_a_host_page_and_a_place() -> None:
         build_engine(config(host_cache_bytes=368_639, disk_cache_bytes=10**7))
     with pytest.raises(EngineConfigError, match="set disk_cache_path"):
         build_engine(config(host_cache_bytes=10**7, disk_cache_bytes=10**7))
+
+
+def test_what_drafters_remember_is_set_aside_before_pages_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: FREE)
+    assert engine.sizing.with_draft_stores(config()).draft_store_bytes == FREE / 16
+    assert engine.sizing.with_draft_stores(config(draft_store_bytes=5)).draft_store_bytes == 5
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: 2**40)
+    assert engine.sizing.with_draft_stores(config()).draft_store_bytes == STORE_BYTES
+    monkeypatch.setattr(engine.sizing, "free_bytes", lambda device: FREE)
+    layers, most = (Layer(),) * 2, 8 * FREE  # more than is asked for
+    free = pages_for(layers, 4096, kv_cache_bytes=most, draft_store_bytes=1)
+    assert free == 4 * 256
+    with pytest.raises(EngineConfigError, match=r"of 0 free beside the largest step: lower max_model_len"):
+        pages_for(layers, 4096, draft_store_bytes=2 * FREE)
 
 
 class Shape:

@@ -12,7 +12,6 @@ import torch
 
 from engine import state
 from engine.building import _lower_tiers
-from engine.checkpoint import locate
 from engine.config import EngineConfig
 from engine.kv_storage import KVStorage
 from engine.state import LengthsFile, state_folder
@@ -192,12 +191,12 @@ def test_without_a_prefix_cache_nothing_is_found_that_another_process_left(share
     config = EngineConfig(disk_cache_path=str(tmp_path / "kv"))
     settings = replace(SETTINGS, num_pages=8, host_pages=4, disk_pages=8, prefix_cache=shared)
     storage = KVStorage(TINY, settings.num_pages, settings.page_size, torch.float32, CPU)
-    _, copier, _ = _lower_tiers(config, settings, storage, locate(""))
+    _, copier, _ = _lower_tiers(config, settings, storage, b"model")
     assert copier is not None
     assert copier.disk is not None
     copier.disk.write(3, b"k" * 32, memoryview(bytes(storage.page_bytes)))
     copier.close()
-    _, copier, index = _lower_tiers(config, settings, storage, locate(""))
+    _, copier, index = _lower_tiers(config, settings, storage, b"model")
     assert copier is not None
     copier.close()
     assert index == ({b"k" * 32: 3} if shared else {})

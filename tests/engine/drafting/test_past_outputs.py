@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+
+import pytest
+
+from engine.drafting import light_drafters
 from engine.drafting.guess import CATCHING_UP, NO_GUESS, Want
 from engine.drafting.past_outputs import PastOutputs
 from engine.drafting.prompt_lookup import MAX_INDEXED_AT_ONCE, PromptLookup
 from scheduler.types import Request, Sequence
+
+SHARE_BYTES = 2**23
 
 
 def sequence(prompt: list[int], output: list[int], salt: str = "", number: int = 0) -> Sequence:
@@ -18,21 +26,21 @@ def guessed(drafter: PastOutputs | PromptLookup, after: Sequence, limit: int) ->
 
 
 def test_an_answer_is_guessed_again_from_the_end_of_its_prompt_on():
-    past = PastOutputs()
+    past = PastOutputs(2**18)
     past.release(sequence([1, 2, 3, 4, 5], [10, 11, 12, 13]))
     assert guessed(past, sequence([9, 9, 4, 5], []), 3) == (10, 11, 12)
     assert guessed(past, sequence([8], [10, 11]), 9) == (12, 13)
 
 
 def test_a_guess_never_runs_into_another_answer():
-    past = PastOutputs()
+    past = PastOutputs(2**18)
     past.release(sequence([1], [10, 11]))
     past.release(sequence([2], [20, 21]))
     assert guessed(past, sequence([3], [10]), 9) == (11,)
 
 
 def test_nothing_is_found_under_another_salt():
-    past = PastOutputs()
+    past = PastOutputs(2**18)
     past.release(sequence([1, 2], [10, 11, 12], salt="a"))
     assert guessed(past, sequence([1, 2], [], salt="b"), 3) == ()
     assert guessed(past, sequence([1, 2], []), 3) == ()
@@ -82,7 +90,7 @@ def test_long_outputs_are_read_in_parts_and_those_nobody_reads_are_bounded():
 
 
 def test_nobody_waits_for_the_long_prompt_of_another():
-    lookup = PromptLookup()
+    lookup = PromptLookup(2**18)
     long = sequence(list(range(1000)) * 5, [], number=0)
     short = sequence([1, 2, 3, 1, 2], [], number=1)
     wants = [Want(long, 4), Want(short, 4)]
@@ -103,3 +111,25 @@ def test_prompts_that_are_still_read_count_as_a_whole():
     for one in many:
         lookup.release(one)
     assert lookup.num_tokens == 0
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup", "past_outputs"])
+@pytest.mark.parametrize("salts", [1, 10**9], ids=["one salt", "a salt each"])
+def test_what_is_remembered_takes_no_more_bytes_than_are_set_aside(name: str, salts: int) -> None:
+    """As Python counts them, of tokens that never repeat, which take most."""
+    drafter = light_drafters(1000, 5 * SHARE_BYTES // 2)[name]
+    assert isinstance(drafter, PastOutputs | PromptLookup)
+    rng = random.Random(1)
+    tracemalloc.start()
+    try:
+        for number in range(1000):
+            tokens = [rng.randrange(300, 10**6) for _ in range(20)]
+            ended = sequence(tokens[:10], tokens[10:], salt=f"{number % salts:032}", number=number)
+            drafter.guess([Want(ended, 1)])
+            if name == "past_outputs":
+                drafter.release(ended)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert drafter.num_tokens > drafter.max_tokens // 2
+    assert SHARE_BYTES / 4 < held < SHARE_BYTES

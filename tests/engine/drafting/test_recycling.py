@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from engine.drafting.guess import NO_GUESS, ROOT, Guess, Seen, Want
-from engine.drafting.recycling import CANDIDATES, MAX_DRAFTS, MAX_ROWS, MAX_TABLE_BYTES, Recycling, largest
+from engine.drafting.recycling import CANDIDATES, MAX_DRAFTS, MAX_ROWS, Recycling, largest
 
 VOCAB = 1000
+MAX_BYTES = 2**25
 
 
 def sequence(last: int, salt: str = "") -> SimpleNamespace:
@@ -43,7 +44,7 @@ def paths(found: Guess) -> list[tuple[int, ...]]:
 
 
 def test_candidates_come_back_as_a_tree_the_likeliest_first():
-    drafter = Recycling(VOCAB)
+    drafter = Recycling(VOCAB, MAX_BYTES)
     drafter.observe([seen([10, 20], [[20, 21, 22], [30, 31, 32]])])
     assert paths(guess(drafter, 10, limit=4)) == [(20,), (21,), (20, 30), (22,)]
     assert paths(guess(drafter, 20, limit=2)) == [(30,), (31,)]
@@ -52,18 +53,18 @@ def test_candidates_come_back_as_a_tree_the_likeliest_first():
 
 
 def test_rows_of_rejected_drafts_teach():
-    drafter = Recycling(VOCAB)
+    drafter = Recycling(VOCAB, MAX_BYTES)
     drafter.observe([seen([10, 77], [[20, 21], [80, 81]])])  # 77 was wrong: 20 came
     assert paths(guess(drafter, 77, limit=2)) == [(80,), (81,)]
 
 
 def test_what_was_said_again_and_again_leads_deep():
-    drafter = Recycling(VOCAB)
+    drafter = Recycling(VOCAB, MAX_BYTES)
     for _ in range(3):
         drafter.observe([seen([10, 11, 12, 13], [[11, 50], [12, 51], [13, 52], [14, 53]], kept=(0, 1, 2))])
     found = guess(drafter, 10, limit=4)
     assert paths(found) == [(11,), (11, 12), (11, 12, 13), (11, 12, 13, 14)]
-    once = Recycling(VOCAB)
+    once = Recycling(VOCAB, MAX_BYTES)
     once.observe([seen([10], [[11, 50]])])
     assert guess(once, 10, limit=1).kinds != guess(drafter, 10, limit=1).kinds
     assert guess(once, 10, limit=1).beliefs < guess(drafter, 10, limit=1).beliefs
@@ -73,7 +74,7 @@ def test_what_was_said_again_and_again_leads_deep():
 
 
 def test_nothing_is_told_across_salts():
-    drafter = Recycling(VOCAB)
+    drafter = Recycling(VOCAB, MAX_BYTES)
     drafter.observe([seen([10], [[11]], salt="a")])
     assert guess(drafter, 10, salt="b") == NO_GUESS
     assert guess(drafter, 10, limit=1, salt="a").tokens == (11,)
@@ -82,7 +83,7 @@ def test_nothing_is_told_across_salts():
 def test_any_table_gives_proper_trees():
     rng = random.Random(1)
     for size in (3, 40, VOCAB):
-        drafter = Recycling(size)
+        drafter = Recycling(size, MAX_BYTES)
         for _ in range(60):
             count = rng.choice([1, 2, 5, 9])
             tokens = tuple(rng.randrange(min(size, 30)) for _ in range(count))
@@ -101,14 +102,14 @@ def test_any_table_gives_proper_trees():
 
 
 def test_a_line_of_the_same_token_ends():
-    drafter = Recycling(VOCAB)
+    drafter = Recycling(VOCAB, MAX_BYTES)
     for _ in range(5):
         drafter.observe([seen([7], [[7, 8]])])
     assert len(guess(drafter, 7, limit=100).tokens) <= MAX_DRAFTS
 
 
 def test_of_too_many_rows_those_of_paths_that_stood_are_taken_and_everyone_has_a_turn():
-    drafter = Recycling(VOCAB)
+    drafter = Recycling(VOCAB, MAX_BYTES)
     first = seen([5, 100, 101], [[6], [7], [8]], kept=(1,))
     crowd = [seen([200 + n], [[300]]) for n in range(MAX_ROWS)]
     drafter.observe([first, *crowd])
@@ -121,14 +122,21 @@ def test_of_too_many_rows_those_of_paths_that_stood_are_taken_and_everyone_has_a
     assert guess(drafter, late) != NO_GUESS
 
 
+def test_without_room_for_one_table_nothing_is_guessed():
+    drafter = Recycling(VOCAB, 1000)
+    drafter.observe([seen([10], [[11]])])
+    assert guess(drafter, 10) == NO_GUESS
+    assert not drafter._tables
+
+
 def test_memory_is_bounded_whatever_the_salts_and_a_new_table_is_cheap():
-    drafter = Recycling(50_000)
+    drafter = Recycling(50_000, MAX_BYTES)
     table = drafter._table("")
     assert table.tokens.nbytes + table.times.nbytes < 2e6
     for number in range(1000):
         drafter._table(f"salt{number}")
     held = sum(one.tokens.nbytes + one.times.nbytes for one in drafter._tables.values())
-    assert held <= MAX_TABLE_BYTES
+    assert held <= MAX_BYTES
     assert "salt999" in drafter._tables
     assert "" not in drafter._tables
 

@@ -1,16 +1,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from engine.checkpoint import Checkpoint, CheckpointKind
-from engine.tiers import DiskFile, HostPool, PageCosts, kv_identity, measure_copies
+from engine.tiers import DiskFile, HostPool, PageCosts, measure_copies
 from tests.engine.tiers.small import key_of, small_storage
-from tests.engine.tiny import CPU, TINY
 
 
 def test_measured_costs_are_positive_and_take_about_the_budget(tmp_path: Path):
@@ -60,39 +56,3 @@ def test_a_disk_that_fails_is_not_measured(tmp_path: Path, monkeypatch, caplog):
     assert costs.host_page_s
     assert costs.disk_page_s is None
     assert "No space left" in caplog.text
-
-
-def test_whatever_changes_the_numbers_changes_the_identity(tmp_path: Path, monkeypatch):
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"weights")
-    checkpoint = Checkpoint(
-        name="m",
-        source="m",
-        path=tmp_path,
-        kind=CheckpointKind.FOLDER,
-        transformer=TINY,
-        size_bytes=7,
-    )
-    same = kv_identity(checkpoint, torch.float32, CPU, 16)
-    assert kv_identity(replace(checkpoint, name="alias"), torch.float32, CPU, 16) == same
-    others = {
-        kv_identity(checkpoint, torch.bfloat16, CPU, 16),
-        kv_identity(checkpoint, torch.float32, torch.device("cuda"), 16),
-        kv_identity(checkpoint, torch.float32, CPU, 8),
-        kv_identity(
-            replace(checkpoint, transformer=replace(TINY, rms_norm_eps=1e-4)), torch.float32, CPU, 16
-        ),
-    }
-    file.write_bytes(b"weighty")
-    others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
-    (tmp_path / "config.json").write_text("{}")
-    others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
-    (tmp_path / "model.safetensors.index.json").write_text("{}")  # says which of two files has a tensor
-    others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
-    (tmp_path / "gone.safetensors").symlink_to("nowhere")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"more")
-    others.add(kv_identity(replace(checkpoint, adapter=tmp_path), torch.float32, CPU, 16))
-    monkeypatch.setattr("cuda_kernels.ops.ARITHMETIC_VERSION", 0)
-    others.add(kv_identity(checkpoint, torch.float32, CPU, 16))
-    assert same not in others
-    assert len(others) == 9

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine.checkpoint import Checkpoint, CheckpointError, locate
-from engine.tiers.identity import kv_identity
 from engine.weights.adapter import WEIGHTS, Adapter
+from engine.weights.checksum import weights_digest
 from engine.weights.loader import load_weights
 from tests.engine.weights.folder import folder_tensors, write_json
 from tests.engine.weights.test_families import LLAMA
@@ -132,14 +132,15 @@ def test_the_sum_is_rounded_once(base: Checkpoint, tmp_path: Path) -> None:
 def test_pages_of_an_adapted_model_are_its_own(base: Checkpoint, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path, pair(Q, 64, 64))
 
-    def identity(adapter: Path | None) -> bytes:
-        return kv_identity(replace(base, adapter=adapter), torch.float32, CPU, 16)
+    def digest(adapter: Path | None) -> bytes:
+        return weights_digest(load_weights(replace(base, adapter=adapter), torch.float32, CPU))
 
-    first = identity(adapter)
-    assert first != identity(None)
-    assert first == identity(adapter)
+    first = digest(adapter)
+    assert first != digest(None)
     os.utime(adapter / "adapter_model.safetensors", (1, 1))
-    assert first != identity(adapter)
+    assert first == digest(adapter)
+    write_adapter(tmp_path, {name: 2 * part for name, part in pair(Q, 64, 64).items()})
+    assert first != digest(adapter)
 
 
 def refusal(base: Checkpoint, adapter: Path) -> str:

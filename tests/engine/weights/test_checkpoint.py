@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from engine.checkpoint import Checkpoint, CheckpointError, CheckpointKind, locate
 from engine.drafting.loading import Kind, find_drafters
 from engine.models.config import Rope
 from engine.weights import embedded, hub
+from engine.weights.safetensors import read_folder
 from tests.engine.weights.folder import write_json
 from tests.engine.weights.test_families import LLAMA
 
@@ -40,6 +43,8 @@ def test_the_default_is_the_embedded_model(smollm2_gguf: Path) -> None:
     assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.add_bos) == ((2, 0), 1, False)
     assert checkpoint.special_tokens["eos_token"] == "<|im_end|>"
     assert checkpoint.transformer.tie_embeddings
+    assert checkpoint.generation == {"temperature": 0.2, "top_p": 0.9}  # its model card's
+    assert locate(str(smollm2_gguf)).generation == {}, "another file's defaults are its own"
     assert checkpoint.transformer.layers[0].rope == Rope(theta=100000.0, num_rotated=64)
     assert checkpoint.transformer.rms_norm_eps == 1e-5
     assert locate(checkpoint.source) == locate(checkpoint.name) == checkpoint
@@ -65,6 +70,9 @@ def test_without_the_package_the_default_comes_from_the_hub(
     assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct", "")]
     assert checkpoint.name == "SmolLM2-135M-Instruct"
     assert checkpoint.source == str(tmp_path)
+    assert checkpoint.generation == {"temperature": 0.2, "top_p": 0.9}
+    write_json(tmp_path / "generation_config.json", {"temperature": 0.7})
+    assert locate("").generation == {"temperature": 0.7, "top_p": 0.9}
 
 
 def test_without_package_and_network_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +109,69 @@ def test_a_folder_says_what_it_knows(tmp_path: Path) -> None:
 def test_config_json_alone_is_enough(tmp_path: Path) -> None:
     checkpoint = folder(tmp_path)
     assert (checkpoint.eos_token_ids, checkpoint.bos_token_id, checkpoint.chat_template) == ((), None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "null",
+        "\udcff",
+        '{"eos_token_id": "x"}',
+        '{"eos_token_id": [2, null]}',
+        '{"bos_token_id": -1}',
+    ],
+)
+def test_generation_defaults_that_cannot_be_read_do_not_end_the_search(tmp_path: Path, text: str) -> None:
+    """It ended the start of those too who had asked for none of it."""
+    (tmp_path / "generation_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    write_json(tmp_path / "config.json", LLAMA | {"eos_token_id": 5, "bos_token_id": 4})
+    checkpoint = locate(str(tmp_path))
+    assert (checkpoint.bos_token_id, checkpoint.eos_token_ids) == (4, (5,))
+    assert str(tmp_path) in checkpoint.generation_problem
+    assert "\n" not in checkpoint.generation_problem
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.symlink_to("gone")], ids=["folder", "dead link"]
+)
+def test_what_stands_where_a_file_should_is_not_taken_for_nothing(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "generation_config.json")
+    assert "generation_config.json: " in folder(tmp_path).generation_problem
+    make(tmp_path / "tokenizer_config.json")
+    assert "tokenizer_config.json: " in refusal(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "added_tokens", "chat_template"])
+def test_other_small_files_that_are_broken_are_named_in_one_line(tmp_path: Path, name: str) -> None:
+    folder(tmp_path)
+    (tmp_path / f"{name}.json").write_text("{")
+    assert f"{name}.json: not JSON" in refusal(str(tmp_path))
+
+
+def test_null_says_nothing(tmp_path: Path) -> None:
+    nulls = dict.fromkeys(
+        (
+            "rope_scaling",
+            "rope_theta",
+            "sliding_window",
+            "head_dim",
+            "quantization_config",
+            "layer_types",
+            "bos_token_id",
+        )
+    )
+    write_json(tmp_path / "config.json", LLAMA | nulls | {"eos_token_id": [2, 3]})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": None, "temperature": None})
+    write_json(tmp_path / "special_tokens_map.json", {"bos_token": None, "eos_token": {"content": None}})
+    write_json(tmp_path / "added_tokens.json", {"<a>": None})
+    write_json(tmp_path / "tokenizer_config.json", {"chat_template": None, "added_tokens_decoder": None})
+    checkpoint = locate(str(tmp_path))
+    assert (checkpoint.eos_token_ids, checkpoint.bos_token_id) == ((2, 3), None)
+    assert (checkpoint.special_tokens, checkpoint.chat_template) == ({}, None)
+    write_json(tmp_path / "config.json", LLAMA)
+    assert checkpoint.transformer == locate(str(tmp_path)).transformer
 
 
 def test_a_folder_that_may_not_be_looked_into_is_named(
@@ -211,3 +282,37 @@ def test_offline_uses_the_local_cache(tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     assert fetch_offline(tmp_path) == "owner/name"
+
+
+def whole(path: Path) -> dict[str, int]:
+    """One tensor of ones in model.safetensors; what reading the folder finds, by its file."""
+    save_file({"w": torch.ones(2)}, path / "model.safetensors")
+    return {tensor.file.name: tensor.shape[0] for tensor in read_folder(path).values()}
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"weight_map": {"w": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}},
+        {"weight_map": {"another": "model.safetensors"}},
+        {"weight_map": {}},
+        {},
+        [],
+    ],
+    ids=["gone", "outdated", "empty", "none", "no object"],
+)
+def test_a_whole_file_counts_beside_a_stale_index(
+    tmp_path: Path, index: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder(tmp_path)
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    assert whole(tmp_path) == {"model.safetensors": 2}
+    assert locate(str(tmp_path)).size_bytes == (tmp_path / "model.safetensors").stat().st_size
+    if not isinstance(index, dict) or ("another" not in str(index) and index.get("weight_map") != {}):
+        assert "model.safetensors is read as it is" in caplog.text
+
+
+def test_an_index_without_its_files_is_refused_where_nothing_else_is_whole(tmp_path: Path) -> None:
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"w": "model-1.safetensors"}})
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: No such file"):
+        read_folder(tmp_path)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine.models.config import Rope, RopeScaling, ScalingKind, TransformerConfig
-from engine.models.families import from_config_json, from_gguf
+from engine.models.families import FAMILIES, from_config_json, from_gguf
 from engine.weights.errors import CheckpointError
 from tests.engine.weights.gguf_bytes import TINY_METADATA
 
@@ -81,7 +82,7 @@ def test_the_older_word_for_the_kind_of_scaling() -> None:
             {"architectures": ["OtherForCausalLM"], "auto_map": {"AutoModel": "evil.Model"}},
             "OtherForCausalLM",
         ),
-        ({"architectures": None}, "architectures"),
+        ({"architectures": None, "model_type": None}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"sliding_window": 4096}, "sliding_window = 4096"),
         ({"rope_scaling": {"rope_type": "other", "factor": 4.0}}, "rope_scaling.rope_type = 'other'"),
@@ -149,3 +150,29 @@ def test_gguf_metadata_that_is_not_supported(change: dict[str, Any], named: str)
     with pytest.raises(CheckpointError) as caught:
         from_gguf(TINY_METADATA | change)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("architectures", [None, [], ...], ids=["null", "empty", "missing"])
+def test_without_architectures_the_model_type_tells_the_family(architectures: Any) -> None:
+    config = LLAMA | {"architectures": architectures}
+    if architectures is ...:
+        del config["architectures"]
+    assert from_config_json(config) == from_config_json(LLAMA)
+    with pytest.raises(
+        CheckpointError, match=r"model_type = 'gpt2' is not supported; these are: llama, mistral"
+    ):
+        from_config_json(config | {"model_type": "gpt2"})
+    with pytest.raises(CheckpointError, match="architectures"):
+        from_config_json({name: value for name, value in config.items() if name != "model_type"})
+
+
+def test_a_known_model_type_excuses_no_other_architecture() -> None:
+    with pytest.raises(CheckpointError, match="LlamaForSequenceClassification"):
+        from_config_json(LLAMA | {"architectures": ["LlamaForSequenceClassification"]})
+
+
+def test_model_types_are_those_of_transformers() -> None:
+    ours = {family.model_type: family.architecture for family in FAMILIES}
+    assert len(ours) == len(FAMILIES)
+    assert ours.pop("mimo") == "MiMoForCausalLM"  # whose code comes with the checkpoint
+    assert ours == {name: MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in ours}

@@ -142,6 +142,9 @@ def test_indices(tmp_path: Path) -> None:
     }
     index({"a": "one.safetensors", "b": "one.safetensors"})
     assert "'b' is missing" in refusal(tmp_path)
+    save_file({"a": torch.ones(2), "unlisted": torch.ones(2)}, tmp_path / "one.safetensors")
+    index({"a": "one.safetensors", "b": "two.safetensors"})
+    assert read_folder(tmp_path).keys() == {"a", "b", "unlisted"}
     for file in (
         "../one.safetensors",
         "/etc/one.safetensors",

@@ -82,7 +82,7 @@ def test_fields_reach_the_engine(server: Running) -> None:
     )
     request = server.engine.requests[-1]
     sampling = request.sampling
-    assert (request.priority, request.cache_salt, request.tenant) == (-3, "salt", "someone")
+    assert (request.priority, bool(request.cache_salt), request.tenant) == (-3, True, "someone")
     assert request.deadline_s == request.arrival_s + 5
     assert (sampling.temperature, sampling.top_k, sampling.min_p, sampling.typical_p) == (0.5, 0, 0.1, 0.9)
     assert 0 < sampling.top_p < 1e-3

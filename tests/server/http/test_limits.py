@@ -61,6 +61,34 @@ def test_unnamed_keys_are_called_by_a_hash_that_stays() -> None:
         assert server.engine.requests[-1].tenant == names[0]
 
 
+def test_with_keys_every_tenant_has_a_cache_of_its_own() -> None:
+    """No two of (tenant, cache_salt) share one, however names and salts are put together."""
+    asked = [(key, salt) for key in ("k1", "k2") for salt in (None, "b", "bc", '", "b', "a", '["a", ""]')]
+    with running(api_keys=("k1", "k2", "k3"), api_key_names=("a", "ab", "a")) as server:
+        for key, salt in asked:
+            complete(server, key, cache_salt=salt)
+        own = [request.cache_salt for request in server.engine.requests]
+        complete(server, "k3")  # another key of the first tenant
+        assert server.engine.requests[-1].cache_salt == own[0]
+    with running() as server:
+        for _, salt in asked[:6]:
+            complete(server, cache_salt=salt, user="a")
+        complete(server, cache_salt=own[0])  # nobody can spell what a tenant's is called
+        everyones = [request.cache_salt for request in server.engine.requests]
+    assert len({*own, *everyones}) == len(own) + len(everyones)
+    assert all(len(salt) <= 32 for salt in (*own, *everyones))
+
+
+def test_tenants_share_a_cache_where_the_operator_says_so() -> None:
+    with running(api_keys=("k1", "k2"), tenants_share_cache=True) as server:
+        for key in ("k1", "k2"):
+            for salt in (None, "salt"):
+                complete(server, key, cache_salt=salt)
+        salts = [request.cache_salt for request in server.engine.requests]
+    assert salts[:2] == salts[2:]
+    assert salts[0] == "" != salts[1]
+
+
 @pytest.mark.parametrize("user", ["", "someone", "Zoë \u202e\u0000\U0001f600", "a" * 512])
 def test_without_keys_the_tenant_is_who_the_client_says(server: Running, user: str) -> None:
     assert complete(server, user=user).status_code == 200

@@ -50,6 +50,31 @@ def test_none_leaves_openais_but_keeps_the_end_tokens(checkpoint: Checkpoint) ->
     assert found == GenerationDefaults(eos_token_ids=checkpoint.eos_token_ids)
 
 
+def test_defaults_that_cannot_be_read_end_the_start_only_where_they_are_wanted(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    broken = replace(checkpoint, generation_problem="generation_config.json: not JSON")
+    with pytest.raises(CheckpointError, match=r"not JSON; --generation-config none leaves") as caught:
+        defaults(broken, {})
+    assert "\n" not in str(caught.value)
+    plain = GenerationDefaults(eos_token_ids=checkpoint.eos_token_ids)
+    assert defaults(broken, {}, generation_config="none") == plain
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
+    assert defaults(broken, {}, generation_config=str(tmp_path)).temperature == 0.5
+
+
+def test_the_embedded_model_has_its_model_cards_sampling(smollm2_gguf: Path) -> None:
+    """At OpenAI's temperature of 1 it talked nonsense to whoever tried it first."""
+    own = locate("")
+    for settings, expected in (
+        ({}, (0.2, 0.9)),
+        ({"generation_config": "none"}, (1.0, 1.0)),
+        ({"override_generation_config": '{"temperature": 1}'}, (1.0, 0.9)),
+    ):
+        found = generation_defaults(ServerConfig(**settings), own)  # type: ignore[arg-type]
+        assert (found.temperature, found.top_p) == expected
+
+
 def test_a_file_or_its_folder_replaces_the_models_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({"temperature": 0.3, "eos_token_id": [7, 8]}))
