@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("octavo.engine")
 
+LONG_STEP_S = 1.0  # steps that are predicted to take longer are announced
 MAX_FAILED_STEPS = 3  # in a row, before the engine gives up and is started again
 
 
@@ -52,6 +53,9 @@ class EngineCore:
         self.copier = copier  # None: there is no tier below the device
         # Hears of requests before anything of them is computed.
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
+        # Hears how long a step is predicted to take, before it begins, where that is long.
+        self.on_long_step: Callable[[float], None] | None = None
+        self._longest_step_s = _longest_step_s(scheduler)
         self.step_times = StepTimes(scheduler.costs)
         draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
         everyone = light_drafters(vocab_size) | dict(drafters)
@@ -133,11 +137,19 @@ class EngineCore:
             self.copier.close()
 
     def _announce(self, plan: StepPlan) -> None:
-        """If the process dies in this step, somebody must know who was in it for the first time."""
+        """If the process dies in this step, somebody must know who was in it for the first time; and how long
+        its silence may last."""
         sequences = [self.scheduler.sequence(piece.seq_id) for piece in plan.slices]
         begun = tuple({one.request.request_id for one in sequences if not one.num_reached})
         if begun and self.on_begun is not None:
             self.on_begun(begun)
+        slower = max(1.0, self.step_times.ratio)
+        if self.on_long_step is None or slower * self._longest_step_s < LONG_STEP_S:
+            return  # to predict a step takes a while
+        costs = self.scheduler.costs
+        predicted_s = slower * costs.step((piece.start, len(piece.tokens)) for piece in plan.slices)
+        if predicted_s >= LONG_STEP_S:
+            self.on_long_step(predicted_s)
 
     def _set_aside(self, plan: StepPlan) -> None:
         """Also under a plan that computes nothing, since it waits for copies: places are few."""
@@ -222,6 +234,14 @@ class EngineCore:
             wrong = f"no drafter {request.drafter!r} is loaded"
         if wrong:
             raise RequestRefused(RefusalReason.INVALID, wrong)
+
+
+def _longest_step_s(scheduler: Scheduler) -> float:
+    """As the costs predict the longest of all: as many tokens as there may be, all far into long
+    sequences."""
+    tokens, seqs = scheduler.config.max_num_batched_tokens, scheduler.config.max_num_seqs
+    start = max(0, scheduler.max_model_len - 1)
+    return scheduler.costs.step([(start, tokens), *[(start, 1)] * (seqs - 1)])
 
 
 def _output(news: Progress, outcome: Outcome | None, verified: tuple[Verified, ...]) -> SequenceOutput:
