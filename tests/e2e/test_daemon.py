@@ -109,7 +109,10 @@ def test_streams_of_an_engine_that_is_killed_again_and_again_are_the_undisturbed
         done = kill_again_and_again(daemon, 3, 2.0, 30.0, 30, zygote_too=zygote_too, max_kills=4)
         assert done.texts == done.undisturbed
         assert done.num_kills >= 2
-        assert done.num_restarts == done.num_kills
+        deaths = [line for line in daemon.lines if "engine died" in line]
+        assert len(deaths) == done.num_kills
+        assert all("cause=outside suspects=0" in line for line in deaths)
+        assert 1 <= done.num_restarts <= done.num_kills  # some may not have got ready before the next kill
 
 
 def test_an_engine_shares_what_its_zygote_loaded(live_server):
