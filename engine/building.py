@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -45,6 +46,7 @@ from scheduler.machine import MachineError
 from scheduler.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    from engine.checkpoint import Checkpoint
     from engine.config import EngineConfig
     from engine.drafting.guess import Drafter
     from engine.drafting.loading import Found
@@ -75,13 +77,27 @@ class _Stopwatch:
         self._last = now
 
 
-def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltEngine:
-    """Load the model and lay out the pages. Raises CheckpointError or EngineConfigError, one line each."""
+class Weights(NamedTuple):
+    tensors: dict[str, torch.Tensor]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What all engines of a configuration have in common: made once, before they are forked."""
+
+    checkpoint: Checkpoint  # with the shape for its context
+    max_model_len: int
+    found: tuple[Found, ...]  # drafters
+    weights: Weights | None  # on a CPU; None where each engine loads its own
+    phases: tuple[Phase, ...]
+
+
+def prepare(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> Prepared:
+    """All that leaves no thread behind and touches no CUDA. Raises CheckpointError or EngineConfigError."""
     watch = _Stopwatch()
-    device = sizing.choose_device(config.device)
-    dtype = sizing.choose_dtype(config.dtype, device)
-    # The process is the engine's own: one pool of threads, all cores.
-    torch.set_num_threads(config.num_threads or sizing.available_cores())
+    # A fork hangs that spreads an operation over threads of which the process it came from had some.
+    torch.set_num_threads(1)
     checkpoint = locate(config.model, config.revision)
     max_model_len = sizing.served_len(config, checkpoint)
     shape = for_context(checkpoint.transformer, max_model_len)
@@ -90,10 +106,51 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
     found = find_drafters(config.draft_model, checkpoint, shape)
     _check_drafter(config, (*LIGHT, SKIPPED_LAYERS, *(one.kind.value for one in found)))
     watch.lap("locate checkpoint")
-    weights = load_weights(checkpoint, dtype, device, sizing.free_bytes(device))
-    watch.lap("load weights")
-    ops, digest = pick(device), weights_digest(weights)
-    model = Transformer(shape, weights, ops)
+    weights = None
+    if config.device == "cpu" or not _has_cuda_driver():
+        device = sizing.choose_device(config.device)
+        weights = _weights(config, checkpoint, device)
+        watch.lap("load weights")
+    return Prepared(checkpoint, max_model_len, found, weights, (*phases, *watch.phases))
+
+
+def _has_cuda_driver() -> bool:
+    """Found out without a call to CUDA: after one no fork can use it."""
+    if torch.version.cuda is None:
+        return torch.version.hip is not None
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _weights(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> Weights:
+    dtype, num_threads = sizing.choose_dtype(config.dtype, device), _num_threads(config)
+    tensors = load_weights(checkpoint, dtype, device, sizing.free_bytes(device), num_threads)
+    return Weights(tensors, weights_digest(tensors, num_threads))
+
+
+def _num_threads(config: EngineConfig) -> int:
+    return config.num_threads or sizing.available_cores()
+
+
+def build_engine(config: EngineConfig, prepared: Prepared | None = None) -> BuiltEngine:
+    """Load the model, as far as that is not prepared, and lay out the pages. Raises CheckpointError or
+    EngineConfigError, one line each."""
+    prepared = prepared or prepare(config)
+    watch = _Stopwatch()
+    device = sizing.choose_device(config.device)
+    dtype = sizing.choose_dtype(config.dtype, device)
+    torch.set_num_threads(_num_threads(config))  # the process is the engine's own: one pool of threads
+    checkpoint, max_model_len, found = prepared.checkpoint, prepared.max_model_len, prepared.found
+    shape = checkpoint.transformer
+    weights = prepared.weights
+    if weights is None:
+        weights = _weights(config, checkpoint, device)
+        watch.lap("load weights")
+    ops, digest = pick(device), weights.digest
+    model = Transformer(shape, weights.tensors, ops)
     watch.lap("build model")
     step_bytes = _step_bytes(config, model, dtype, device, max_model_len)
     promised_bytes = step_bytes + sum(one.size_bytes for one in found)
@@ -133,7 +190,7 @@ def build_engine(config: EngineConfig, phases: tuple[Phase, ...] = ()) -> BuiltE
         // max_model_len,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        phases=(*phases, *watch.phases),
+        phases=(*prepared.phases, *watch.phases),
         host_pages=settings.host_pages,
         disk_pages=settings.disk_pages,
         costs=costs,

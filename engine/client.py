@@ -6,41 +6,51 @@ import asyncio
 import logging
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import zmq
 
-from engine.child import EngineChild, engine_command
-from engine.journal import JournalEntry
+from engine.child import ENDING_S, EngineChild, ZygoteChild, engine_command
+from engine.journal import Journal, JournalEntry, Sink
 from engine.messages import (
     Abort,
-    Begun,
     Failed,
     FromEngine,
+    FromZygote,
     Inspect,
     Inspected,
+    Loading,
     Log,
+    LongStep,
     Ready,
     SequenceOutput,
     StepOutput,
-    Submit,
     ToEngine,
 )
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
     from engine.config import EngineConfig
     from scheduler.snapshot import Snapshot
 
 logger = logging.getLogger("octavo.engine")
 
-Sink = Callable[[SequenceOutput], None]
+# Signals that somebody sends: an engine that ends by one of them, and not by us or for want of memory, did
+# nothing wrong, nor did any request.
+SENT_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+# A step may take so many times what it is predicted to, if that is longer than the stall timeout.
+STALL_FACTOR = 10.0
+PATIENT_FACTOR = 4.0  # and for the one request that is to be given up otherwise, so many times that
+# Of a death in a row without progress that came from outside, against one of the engine's own.
+OUTSIDE_WEIGHT = 0.1
+RESTED_S = 60.0  # an engine that had nothing to do for so long was none that dies at once
+# Before the second start in a row that follows a death at once; twice as long before each further one.
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 60.0
 
-RESTART_WINDOW_S = 600.0
-MAX_DEATHS_WITHOUT_PROGRESS = 2
+STALLED = "the engine made no step within"  # what such a failure begins with
 
 
 class EngineDead(Exception):
@@ -52,6 +62,8 @@ class EngineClient(Protocol):
 
     ready: Ready | None  # None until start() returned, and again while the engine restarts
     on_step: Callable[[StepOutput], None] | None  # called for every step output before its sinks
+    on_change: Callable[[], None] | None  # called after every change of `ready`
+    step_limit_s: float  # what the step in flight may take, where it was announced as a long one; else 0
 
     async def start(self) -> Ready:
         """Wait until the engine can compute. Raises EngineDead with the cause in one line."""
@@ -82,8 +94,9 @@ class EngineClient(Protocol):
 class EngineProcess:
     """An engine in its own process over a ZeroMQ socket on a private path; started again when it dies.
 
-    It counts as dead when its process ends, when it is not ready within `start_timeout_s`, and when it has
-    work and says nothing for `stall_timeout_s`.
+    It counts as dead when its process ends, when nothing is heard of its start for `start_timeout_s`, and
+    when it has work and says nothing for `stall_timeout_s`, or for several times what its step is predicted
+    to take.
     """
 
     def __init__(
@@ -96,44 +109,62 @@ class EngineProcess:
         log_level: str = "info",
         command: Sequence[str] = (),
     ) -> None:
-        """`command`: starts the process, in place of the engine's own."""
+        """`command`: starts the zygote, in place of the engine's own."""
         self.ready: Ready | None = None
         self.on_step: Callable[[StepOutput], None] | None = None
+        self.on_change: Callable[[], None] | None = None
+        self.step_limit_s = 0.0
         self.num_restarts = 0
         self._command = command or engine_command()
         self._arguments = [msgspec.json.encode(config).decode(), log_level]
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._max_restarts = max_restarts
-        self._deaths: deque[float] = deque()
+        self._num_deaths = 0  # in a row, in which nothing got on
+        self._weight = 0.0  # of these deaths
+        self._zygote: ZygoteChild | None = None
+        self._zygote_pause_s = FIRST_PAUSE_S
+        self._zygote_status: int | None = None  # of the one before
+        self._next_zygote: asyncio.TimerHandle | None = None
         self._child: EngineChild | None = None
-        self._entries: dict[str, tuple[JournalEntry, Sink]] = {}
+        self._journal = Journal()
         self._inspections: dict[int, asyncio.Future[Snapshot]] = {}
         self._num_inspections = 0
         self._supervisor: asyncio.Task[None] | None = None
         self._first_ready: asyncio.Future[Ready] | None = None
         self._death: asyncio.Future[str] | None = None
         self._failure = ""
+        self._num_oom_kills = 0  # of the system, when the engine started
+        self._died_s = 0.0  # when the last engine did
         self._heard_s = 0.0  # when the engine last said something, or got its first work after a rest
 
     @property
     def pid(self) -> int | None:
+        """Of the engine; None until it is there."""
         return self._child.pid if self._child is not None else None
 
+    @property
+    def zygote_pid(self) -> int | None:
+        return self._zygote.pid if self._zygote is not None else None
+
     def spawn(self) -> None:
-        """Start the process now, before there is a loop: its imports run beside the server's own. Raises
+        """Start a process now, before there is a loop: its imports run beside the server's own. Raises
         EngineDead where none can be started."""
         self._heard_s = time.monotonic()
+        self._num_oom_kills = _oom_kills()
         try:
-            self._child = EngineChild(self._command, self._arguments)
+            if self._zygote is None:
+                self._zygote = ZygoteChild(self._command, self._arguments)
+            self._child = EngineChild(self._zygote)
         except (OSError, zmq.ZMQError) as error:
             raise EngineDead(f"the engine cannot be reached: {error}") from None
 
     def kill(self) -> None:
-        """End the process at once, whatever it does, and leave nothing behind."""
-        if self._child is not None:
-            self._child.end()
-            self._child = None
+        """End the processes at once, whatever they do, and leave nothing behind."""
+        if self._next_zygote is not None:
+            self._next_zygote.cancel()
+        self._end_zygote()
+        self._end_child()
 
     async def start(self) -> Ready:
         loop = asyncio.get_running_loop()
@@ -151,30 +182,21 @@ class EngineProcess:
         return await asyncio.shield(self._death)
 
     def submit(self, request: Request, sink: Sink) -> None:
-        if not self._entries:
+        if not self._journal:
             self._heard_s = time.monotonic()
-        self._entries[request.request_id] = (JournalEntry(request), sink)
-        self._send(Submit(request))
+        self._send_all(self._journal.add(request, sink))
 
     def abort(self, request_id: str, index: int | None = None, *, natural: bool = False) -> None:
-        found = self._entries.get(request_id)
-        if found is None:
-            return
-        message = Abort(request_id, index, natural)
-        if index is None:
-            del self._entries[request_id]
-        else:
-            found[0].aborted[index] = message
-        self._send(message)
+        self._send_all(self._journal.abort(Abort(request_id, index, natural)))
 
     async def inspect(self, max_sequences: int) -> Snapshot:
-        if self.ready is None:
+        if self.ready is None or self._child is None:
             raise EngineDead("the engine is not ready")
         self._num_inspections += 1
         number = self._num_inspections
         answer: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
         self._inspections[number] = answer
-        self._send(Inspect(number, max_sequences))
+        self._child.send(Inspect(number, max_sequences))
         try:
             return await answer
         finally:
@@ -184,9 +206,38 @@ class EngineProcess:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
+        try:
+            if self._child is not None and self._child.pid is not None:
+                await self._child.stop()
+        finally:  # who awaits this may be cancelled
+            self.kill()
+
+    def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
-            await child.stop()
+            child.end()
+
+    def _end_zygote(self, patience_s: float = 0.0) -> None:
+        zygote, self._zygote = self._zygote, None
+        if zygote is not None:
+            self._zygote_status = zygote.end(patience_s)
+
+    def _zygote_ended(self) -> None:
+        """An engine that runs goes on; for the next one, another zygote begins."""
+        self._end_zygote(ENDING_S)
+        logger.warning("the engine's zygote ended %s", _shown(self._zygote_status))
+        loop = asyncio.get_running_loop()
+        self._next_zygote = loop.call_later(self._zygote_pause_s, self._replace_zygote)
+        self._zygote_pause_s = min(MAX_PAUSE_S, 2 * self._zygote_pause_s)
+
+    def _replace_zygote(self) -> None:
+        if self._zygote is None and self.ready is not None:  # else whoever starts the next engine sees to it
+            try:
+                self._zygote = ZygoteChild(self._command, self._arguments)
+            except OSError as error:
+                logger.warning("no zygote can be started: %s", error)
+            else:
+                self._zygote.watch(self._take, self._zygote_ended)
 
     async def _supervise(self) -> None:
         """Run engine processes one after another; whatever ends this ends every stream with the cause."""
@@ -208,28 +259,71 @@ class EngineProcess:
             if self._child is None:
                 self.spawn()
             assert self._child is not None
-            status = await self._serve_one(self._child)
-            was_ready, self.ready = self.ready is not None, None
+            assert self._zygote is not None
+            self._zygote.watch(self._take, self._zygote_ended)
+            child = self._child
+            status = await self._serve_one(child)
+            was_ready, self.step_limit_s = self.ready is not None, 0.0
+            self._set_ready(None)
+            self._died_s = time.monotonic()
             self._fail_inspections()
-            self.kill()
-            if (cause := self._fatal_cause(status)) is not None:
+            if not was_ready:  # the next one is not to begin with what this one did
+                self._end_zygote(ENDING_S if child.pid is None and not self._failure else 0.0)
+                status = self._zygote_status if child.pid is None else status
+            self._end_child()
+            cause = self._failure or _cause_of(status)
+            assert self._first_ready is not None
+            if not self._first_ready.done():
                 return cause
-            if was_ready:  # else it was given no request
-                self._give_up_stuck_requests()
-            self.num_restarts += 1
-            logger.error(
-                "engine died status=%s restart=%d requests=%d", status, self.num_restarts, len(self._entries)
-            )
+            if (fatal := self._bury(cause, status, child.was_killed)) is not None:
+                return fatal
+            await asyncio.sleep(self._pause_s())
 
-    async def _serve_one(self, child: EngineChild) -> int:
-        """Read from one engine process until it has ended -> its exit status."""
-        ended = child.ended()
+    def _bury(self, cause: str, status: int | None, was_killed: bool) -> str | None:
+        """Take account of a death after the first engine's start -> why no further one is started, if so."""
+        by_itself = bool(self._failure) or was_killed or not _was_sent(status)
+        outside = not by_itself and _oom_kills() == self._num_oom_kills
+        stalled = was_killed and self._failure.startswith(STALLED)
+        rested = not self._journal and time.monotonic() - self._heard_s > RESTED_S
+        got_on = self._journal.advanced or rested
+        verdict, culprit = self._journal.lost(outside=outside, stalled=stalled)
+        if got_on or verdict.is_closer:
+            self._num_deaths, self._weight = 0, 0.0
+        self._num_deaths += 1
+        self._weight += OUTSIDE_WEIGHT if outside else 1.0
+        self.num_restarts += 1
+        logger.error(
+            "engine died %s cause=%s suspects=%d restart=%d requests=%d: %s",
+            _shown(status),
+            "outside" if outside else "stall" if stalled else "engine",
+            verdict.num_suspects,
+            self.num_restarts,
+            len(self._journal),
+            cause,
+        )
+        if culprit is not None:
+            logger.error("request=%s is given up: it alone ends engines", culprit.request.request_id)
+            _end(culprit, "the engine dies whenever it computes this request")
+        if self._weight > self._max_restarts:
+            return f"{cause}; it died {self._num_deaths} times in a row, and nothing got on in between"
+        return None
+
+    def _pause_s(self) -> float:
+        """None after the first death in a row."""
+        return min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._weight - 2)) if self._weight > 1 else 0.0
+
+    async def _serve_one(self, child: EngineChild) -> int | None:
+        """Read from one engine process until it has ended -> its exit status, if there was one."""
+        ended = child.ended(self._journal.begun)
         reading = asyncio.create_task(self._read(child))
-        patience_s = min(self._start_timeout_s, self._stall_timeout_s)
         try:
             while not ended.done():
-                await asyncio.wait((ended, reading), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-                if reading.done() or self._is_overdue():
+                await asyncio.wait(
+                    (ended, reading), timeout=self._patience_s(), return_when=asyncio.FIRST_COMPLETED
+                )
+                if not ended.done() and (reading.done() or self._is_overdue()):
+                    if child.pid is None:
+                        return None
                     child.kill()
                     await ended
             # What it sent before it died still counts; the replay begins after it.
@@ -246,15 +340,31 @@ class EngineProcess:
                 self._failure = self._failure or "the engine sent what is no message"
         return ended.result()
 
+    def _limit_s(self) -> float:
+        """How long the engine may be silent now."""
+        if self.ready is None:
+            return self._start_timeout_s
+        limit_s = max(self._stall_timeout_s, self.step_limit_s)
+        return limit_s * PATIENT_FACTOR if self._journal.patient else limit_s
+
+    def _patience_s(self) -> float:
+        """Until it is to be looked whether the engine is overdue."""
+        limit_s = self._limit_s()
+        if self.ready is not None and not self._journal:
+            return self._stall_timeout_s
+        return min(self._stall_timeout_s, max(0.001, self._heard_s + limit_s - time.monotonic()))
+
     def _is_overdue(self) -> bool:
         """Whether the engine should have said something by now."""
-        silent_s = time.monotonic() - self._heard_s
-        if self.ready is None and silent_s >= self._start_timeout_s:
-            self._failure = f"the engine was not ready within engine_start_timeout_s = {silent_s:.0f}"
-        elif self.ready is not None and self._entries and silent_s >= self._stall_timeout_s:
-            self._failure = f"the engine made no step within engine_stall_timeout_s = {silent_s:.0f}"
-        else:
+        silent_s, limit_s = time.monotonic() - self._heard_s, self._limit_s()
+        if silent_s < limit_s or (self.ready is not None and not self._journal):
             return False
+        if self.ready is None:
+            self._failure = f"the engine was not ready within engine_start_timeout_s = {limit_s:g}"
+        elif limit_s > self._stall_timeout_s:
+            self._failure = f"{STALLED} {limit_s:g} s, many times what it was predicted to take"
+        else:
+            self._failure = f"{STALLED} engine_stall_timeout_s = {limit_s:g}"
         logger.error("%s; it is killed", self._failure)
         return True
 
@@ -262,9 +372,10 @@ class EngineProcess:
         while True:
             self._take(await child.receive())
 
-    def _take(self, message: FromEngine) -> None:
+    def _take(self, message: FromEngine | FromZygote) -> None:
         self._heard_s = time.monotonic()
         if isinstance(message, StepOutput):
+            self.step_limit_s = 0.0
             if self.on_step is not None:
                 try:
                     self.on_step(message)
@@ -274,40 +385,45 @@ class EngineProcess:
                 self._deliver(output)
         elif isinstance(message, Ready):
             self._resume(message)
-        elif isinstance(message, Begun):
-            for request_id in message.request_ids:
-                if request_id in self._entries:
-                    self._entries[request_id][0].begun = True
+        elif isinstance(message, LongStep):
+            self.step_limit_s = STALL_FACTOR * message.predicted_s
         elif isinstance(message, Inspected):
             answer = self._inspections.get(message.number)
             if answer is not None and not answer.done():
                 answer.set_result(message.snapshot)
         elif isinstance(message, Log):
             logger.log(message.level, "%s", message.text)
-        else:
-            assert isinstance(message, Failed)
+        elif isinstance(message, Failed):
             self._failure = message.message
+        else:
+            assert isinstance(message, Loading)  # it lives: more is not in it
+
+    def _set_ready(self, ready: Ready | None) -> None:
+        self.ready = ready
+        if self.on_change is not None:
+            try:
+                self.on_change()
+            except Exception:
+                logger.exception("counting engines failed")
 
     def _resume(self, ready: Ready) -> None:
-        self.ready = ready
+        self._set_ready(ready)
+        self._zygote_pause_s = FIRST_PAUSE_S
         assert self._child is not None
         self._child.hide()
         assert self._first_ready is not None
         if not self._first_ready.done():
             self._first_ready.set_result(ready)
-        for entry, _ in self._entries.values():
-            for message in entry.replay():
-                self._send(message)
+        if self.num_restarts:
+            logger.info("engine goes on, %.2f s after its end", time.monotonic() - self._died_s)
+        if self._zygote is None:  # it forked this one, and ended
+            self._replace_zygote()
+        self._send_all(self._journal.resume())
 
     def _deliver(self, output: SequenceOutput) -> None:
-        found = self._entries.get(output.request_id)
-        if found is None:
-            return
-        entry, sink = found
-        news = entry.record(output)
-        if not entry.live:
-            del self._entries[output.request_id]
-        if news is None:
+        news, sink, messages = self._journal.record(output)
+        self._send_all(messages)
+        if news is None or sink is None:
             return
         try:
             sink(news)
@@ -315,35 +431,10 @@ class EngineProcess:
             logger.exception("delivering to request=%s failed", output.request_id)
             self.abort(output.request_id)
 
-    def _fatal_cause(self, status: int) -> str | None:
-        """Why the engine is not started again, or None when it is. One that never got ready never will."""
-        cause = self._failure or _cause_of(status)
-        assert self._first_ready is not None
-        if not self._first_ready.done():
-            return cause
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - RESTART_WINDOW_S:
-            self._deaths.popleft()
-        if len(self._deaths) > self._max_restarts:
-            return f"{cause}; it died {len(self._deaths)} times within {RESTART_WINDOW_S:g} s"
-        return None
-
     def _fail_inspections(self) -> None:
         for answer in self._inspections.values():
             if not answer.done():
                 answer.set_exception(EngineDead("the engine was lost before it answered"))
-
-    def _give_up_stuck_requests(self) -> None:
-        """A request that got nowhere before two deaths in a row may be what kills the engine. Those that only
-        waited are not blamed, unless nobody did more: then it died before it could say of whom."""
-        begun = [request_id for request_id, (entry, _) in self._entries.items() if entry.begun]
-        for request_id in begun or list(self._entries):
-            entry, sink = self._entries[request_id]
-            entry.deaths_without_progress += 1
-            if entry.deaths_without_progress >= MAX_DEATHS_WITHOUT_PROGRESS:
-                del self._entries[request_id]
-                _end(entry, sink, "the engine died whenever it was given this request")
 
     def _give_up(self, cause: str) -> None:
         assert self._death is not None
@@ -351,28 +442,51 @@ class EngineProcess:
             self._death.set_result(cause)
         self.ready = None
         self._fail_inspections()
-        entries, self._entries = list(self._entries.values()), {}
-        for entry, sink in entries:
-            _end(entry, sink, cause)
+        entries, self._journal = list(self._journal.entries.values()), Journal()
+        for entry in entries:
+            _end(entry, cause)
 
-    def _send(self, message: ToEngine) -> None:
-        """Until the engine is ready nothing is sent: `_resume` replays whatever is in flight then."""
-        if self.ready is not None and self._child is not None:
+    def _send_all(self, messages: Iterable[ToEngine]) -> None:
+        """The journal has some only while an engine is ready."""
+        for message in messages:
+            assert self._child is not None
             self._child.send(message)
 
 
-def _end(entry: JournalEntry, sink: Sink, cause: str) -> None:
+def _end(entry: JournalEntry, cause: str) -> None:
     for index in sorted(entry.live):
         output = SequenceOutput(entry.request.request_id, index, finish=FinishReason.ERROR, error=cause)
         try:
-            sink(output)
+            entry.sink(output)
         except Exception:
             logger.exception("delivering to request=%s failed", entry.request.request_id)
 
 
-def _cause_of(status: int) -> str:
+def _was_sent(status: int | None) -> bool:
+    return status is not None and -status in SENT_SIGNALS
+
+
+def _oom_kills() -> int:
+    """Processes that the system has killed for want of memory; 0 where it does not tell."""
+    try:
+        with open("/proc/vmstat", encoding="ascii") as lines:
+            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0
+
+
+def _shown(status: int | None) -> str:
+    if status is None:
+        return "status=unknown"
+    names = {one.value: one.name for one in signal.Signals}
+    return f"signal={names.get(-status, -status)}" if status < 0 else f"status={status}"
+
+
+def _cause_of(status: int | None) -> str:
+    if status is None:
+        return "the engine process ended"
     cause = f"the engine process ended with status {status}"
     return cause + {
         -signal.SIGBUS: " (SIGBUS): a file that it read shrank, or its disk failed",
-        -signal.SIGKILL: " (SIGKILL): probably the system's memory ran out",
+        -signal.SIGKILL: " (SIGKILL): somebody sent it, or the system's memory ran out",
     }.get(status, "")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("octavo.engine")
 
+LONG_STEP_S = 1.0  # steps that are predicted to take longer are announced
 MAX_FAILED_STEPS = 3  # in a row, of which nothing could be computed, before the engine must prove itself
 
 
@@ -56,6 +57,9 @@ class EngineCore:
         self.copier = copier  # None: there is no tier below the device
         # Hears of requests before anything of them is computed.
         self.on_begun: Callable[[tuple[str, ...]], None] | None = None
+        # Hears how long a step is predicted to take, before it begins, where that is long.
+        self.on_long_step: Callable[[float], None] | None = None
+        self._longest_step_s = _longest_step_s(scheduler)
         self.step_times = StepTimes(scheduler.costs)
         draft_costs = DraftCosts(scheduler.costs, runner.row_multiple)
         everyone = light_drafters(vocab_size, draft_store_bytes) | dict(drafters)
@@ -170,7 +174,7 @@ class EngineCore:
         itself is at fault: then nobody is to blame, and all begin anew."""
         with self.speculation.ahead(plan):
             begun_s = time.perf_counter()
-            found, first = bisected = bisect(plan, self.runner.execute)
+            found, first = bisected = bisect(plan, self._compute)
             seconds = time.perf_counter() - begun_s
         if first is None:
             self.step_times.note(plan, seconds)
@@ -183,6 +187,16 @@ class EngineCore:
             self._failed_steps = 0
         pieces = zip(plan.slices, found, strict=True)
         return tuple(self._blamed(piece, one) if isinstance(one, Fault) else one for piece, one in pieces)
+
+    def _compute(self, plan: StepPlan) -> tuple[Outcome, ...]:
+        """Where it takes long, say how long the silence may last."""
+        slower = max(1.0, self.step_times.ratio)
+        if self.on_long_step is not None and slower * self._longest_step_s >= LONG_STEP_S:
+            costs = self.scheduler.costs
+            predicted_s = slower * costs.step((piece.start, len(piece.tokens)) for piece in plan.slices)
+            if predicted_s >= LONG_STEP_S:
+                self.on_long_step(predicted_s)
+        return self.runner.execute(plan)
 
     def _note_faults(self, plan: StepPlan, bisected: Bisected, seconds: float) -> None:
         """In the log. Raises where the device is lost."""
@@ -264,6 +278,14 @@ class EngineCore:
             wrong = f"no drafter {request.drafter!r} is loaded"
         if wrong:
             raise RequestRefused(RefusalReason.INVALID, wrong)
+
+
+def _longest_step_s(scheduler: Scheduler) -> float:
+    """As the costs predict the longest of all: as many tokens as there may be, all far into long
+    sequences."""
+    tokens, seqs = scheduler.config.max_num_batched_tokens, scheduler.config.max_num_seqs
+    start = max(0, scheduler.max_model_len - 1)
+    return scheduler.costs.step([(start, tokens), *[(start, 1)] * (seqs - 1)])
 
 
 def _output(news: Progress, outcome: Outcome | None, verified: tuple[Verified, ...]) -> SequenceOutput:

@@ -1,9 +1,9 @@
 """What crosses the process edge, as msgspec values; nothing is ever unpickled.
 
-Server to engine: `Submit`, `Abort`, `Inspect`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s,
-a `Begun` before the first step of a request;
-an `Inspected` for every `Inspect`; or one `Failed` when it cannot start or go on; and `Log` lines at any
-time.
+Server to engine: `Submit`, `Abort`, `Inspect`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s, a
+`LongStep` before one that takes long; an `Inspected` for every `Inspect`; or one `Failed` when it cannot
+start or go on; `Loading` and `Log` lines at any time. On the leash (`engine/zygote.py`): `Started` once, and
+a `Begun` before the first step of a request. From the zygote: `Loading` and `Log`.
 """
 
 from __future__ import annotations
@@ -145,4 +145,25 @@ class Inspected(msgspec.Struct, tag=True, frozen=True, gc=False):
     snapshot: Snapshot
 
 
-FromEngine = Ready | Begun | StepOutput | Inspected | Failed | Log
+class Started(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """The engine is there, and a child of the server."""
+
+    pid: int
+
+
+class LongStep(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """The engine is about to compute a step that is predicted to take so long."""
+
+    predicted_s: float
+
+
+class Loading(msgspec.Struct, tag=True, frozen=True, gc=False):
+    """Weights come in: a sign of life."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+FromEngine = Ready | StepOutput | LongStep | Inspected | Failed | Loading | Log
+FromZygote = Loading | Log
+OnLeash = Started | Begun

@@ -1,9 +1,9 @@
-"""The engine process: one ZeroMQ socket in and out, one loop that computes.
+"""The engine process: one ZeroMQ socket in and out, one loop that computes. It is forked from a zygote.
 
-    python -m engine.process SOCKET_PATH CONFIG_JSON LOG_LEVEL
+    python -m engine.process CONFIG_JSON LOG_LEVEL      the zygote, which `engine.child` starts and talks to
 
-It ends when told to (`Stop`), or when its standard input closes, which is how it learns that the server
-is gone, however that happened. It sleeps on the socket when there is nothing to compute.
+An engine ends when told to (`Stop`), or when its standard input closes, which is how it learns that the
+server is gone, however that happened. It sleeps on the socket when there is nothing to compute.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 _started = time.perf_counter()
 
@@ -24,17 +25,24 @@ import zmq  # noqa: E402
 
 from engine.config import EngineConfig  # noqa: E402
 from engine.messages import (  # noqa: E402
-    Begun,
     Failed,
     FromEngine,
     Inspect,
     Inspected,
     Log,
+    LongStep,
     Phase,
     Stop,
     ToEngine,
 )
+from engine.weights import progress  # noqa: E402
+from engine.zygote import Leash, Zygote  # noqa: E402
 from scheduler.snapshot import take_snapshot  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from engine.building import Prepared
 
 _SEND_LINGER_MS = 1000
 GC_THRESHOLD = 50_000  # values made, net, from which young ones are collected
@@ -92,34 +100,49 @@ class Link:
 
 
 class LogToServer(logging.Handler):
-    def __init__(self, link: Link) -> None:
+    def __init__(self, send: Callable[[Log], None]) -> None:
         super().__init__()
-        self.link = link
+        self.send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.link.send(Log(record.levelno, self.format(record)))
+        self.send(Log(record.levelno, self.format(record)))
 
 
-def run(link: Link, config: EngineConfig) -> int:
-    """Build, report ready, then step until told to stop. -> exit status"""
-    from engine.building import build_engine
+def prepare(config: EngineConfig) -> Prepared | Failed:
+    """In the zygote: what every engine has in common, or why there can be none."""
+    from engine.building import prepare
     from engine.sizing import EngineConfigError
     from engine.weights.errors import CheckpointError
 
     imported = Phase("import torch", time.perf_counter() - _started)
     try:
-        engine = build_engine(config, (imported,))
+        prepared = prepare(config, (imported,))
+    except (CheckpointError, EngineConfigError) as error:
+        return Failed(str(error))
+    except Exception as error:
+        return _unexpected(error)
+    _freeze()
+    return prepared
+
+
+def run(link: Link, leash: Leash, config: EngineConfig, prepared: Prepared) -> int:
+    """Build, report ready, then step until told to stop. -> exit status"""
+    from engine.building import build_engine
+    from engine.sizing import EngineConfigError
+    from engine.weights.errors import CheckpointError
+
+    try:
+        engine = build_engine(config, prepared)
     except (CheckpointError, EngineConfigError) as error:
         link.send(Failed(str(error)))
         return 1
-    # What lives as long as the process is never garbage: a full collection over it pauses a step by 75 ms.
-    gc.collect()
-    gc.freeze()
+    _freeze()
     # Steps make thousands of values and hardly any cycles: young collections pay for nothing.
     gc.set_threshold(GC_THRESHOLD, 20, 20)
     link.send(engine.ready)
     core = engine.core
-    core.on_begun = lambda request_ids: link.send(Begun(request_ids))
+    core.on_begun = leash.announce
+    core.on_long_step = lambda seconds: link.send(LongStep(seconds))
     if core.copier is not None:
         link.wake_on(core.copier.fileno())
     while True:
@@ -137,21 +160,46 @@ def run(link: Link, config: EngineConfig) -> int:
         engine.lengths.save_when_due()
 
 
-def main(arguments: list[str]) -> int:
-    path, config_json, log_level = arguments
-    config = msgspec.json.decode(config_json, type=EngineConfig)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it drains and says stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _freeze() -> None:
+    """What lives as long as the process is never garbage: a full collection over it pauses a step by 75 ms,
+    and in a fork makes copies of the memory that it shares."""
+    gc.collect()
+    gc.freeze()
+
+
+def _unexpected(error: Exception) -> Failed:
+    logger.exception("the engine stopped")
+    return Failed(f"the engine stopped: {type(error).__name__}: {error}".splitlines()[0])
+
+
+def live(path: str, leash: Leash, config: EngineConfig, prepared: Prepared | Failed) -> int:
+    """In the engine, which was just forked. -> exit status"""
     link = Link(path)
-    logging.basicConfig(level=log_level.upper(), handlers=[LogToServer(link)], format="%(message)s")
+    (handler,) = logging.getLogger().handlers
+    assert isinstance(handler, LogToServer)
+    handler.send = progress.listener = link.send
     try:
-        return run(link, config)
+        if isinstance(prepared, Failed):
+            link.send(prepared)
+            return 1
+        return run(link, leash, config, prepared)
     except Exception as error:
-        logger.exception("the engine stopped")
-        link.send(Failed(f"the engine stopped: {type(error).__name__}: {error}".splitlines()[0]))
+        link.send(_unexpected(error))
         return 1
     finally:
         link.close()
+
+
+def main(arguments: list[str]) -> int:
+    config_json, log_level = arguments
+    config = msgspec.json.decode(config_json, type=EngineConfig)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's; it drains and says stop
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    zygote = Zygote()
+    logging.basicConfig(level=log_level.upper(), handlers=[LogToServer(zygote.send)], format="%(message)s")
+    progress.listener = zygote.send
+    prepared = prepare(config)
+    return zygote.serve(lambda path, leash: live(path, leash, config, prepared))
 
 
 if __name__ == "__main__":

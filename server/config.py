@@ -183,13 +183,23 @@ class ServerConfig:
         default=30.0, metadata={"help": "time that running requests get after SIGTERM"}
     )
     engine_start_timeout_s: float = field(
-        default=600.0, metadata={"help": "time the engine may take to start", "min": 0.001}
+        default=600.0,
+        metadata={"help": "time in which the engine's start must get on; loading weights does", "min": 0.001},
     )
     engine_stall_timeout_s: float = field(
-        default=120.0, metadata={"help": "no step for this long with work queued = not ready", "min": 0.001}
+        default=120.0,
+        metadata={
+            "help": "no step for this long with work queued = not ready, and the engine is started again; "
+            "ten times what a step is predicted to take, where that is longer",
+            "min": 0.001,
+        },
     )
     max_engine_restarts: int = field(
-        default=3, metadata={"help": "engine deaths survived within ten minutes"}
+        default=3,
+        metadata={
+            "help": "engine deaths in a row that are survived, if between them no request gets on and none "
+            "is found to be the cause; ten times as many where somebody kills it",
+        },
     )
     sse_keep_alive_s: float = field(
         default=15.0,

@@ -105,6 +105,7 @@ class Service:
         self._last_step_s = 0.0
         self._fingerprint = ""
         self.client.on_step = self._on_step
+        self.client.on_change = self.note_ready
 
     # State
 
@@ -141,7 +142,8 @@ class Service:
         if not self.admission.in_flight:
             return False
         since = max(self._last_step_s, self.admission.busy_since_s)
-        return time.monotonic() - since > self.config.server.engine_stall_timeout_s
+        limit_s = max(self.config.server.engine_stall_timeout_s, self.client.step_limit_s)
+        return time.monotonic() - since > limit_s
 
     def check_ready(self) -> None:
         """Raise the 503 if work cannot be taken."""

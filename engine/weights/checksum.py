@@ -48,12 +48,12 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(weights: Mapping[str, torch.Tensor]) -> bytes:
+def weights_digest(weights: Mapping[str, torch.Tensor], num_threads: int = 0) -> bytes:
     """Of every number that a model computes with, as loaded: an adapter is in it, a file's name or time is
     not. Names, types and shapes count, then each tensor by `_sums`. It tells models apart that differ
-    anywhere by training, not those that somebody made to collide."""
+    anywhere by training, not those that somebody made to collide. `num_threads`: 0 = as many as torch has."""
     digest = hashlib.blake2b(digest_size=32)
-    with workers(torch.get_num_threads()) as pool:
+    with workers(num_threads or torch.get_num_threads()) as pool:
         names = sorted(weights)
         for name, sums in zip(names, pool.map(_sums, [weights[name] for name in names]), strict=True):
             digest.update(repr((name, weights[name].dtype, tuple(weights[name].shape))).encode())

@@ -31,6 +31,7 @@ class Filling:
     dtype: torch.dtype
     device: torch.device
     adapter: Adapter | None = None
+    num_cores: int = 0  # 0: as many as torch has threads
 
     def run(self, targets: list[Target]) -> dict[str, torch.Tensor]:
         """`targets` name only what the source has, in the right shapes."""
@@ -72,7 +73,7 @@ class Filling:
     def _num_threads(self, targets: list[Target]) -> int:
         """One core is left to the server, which starts at the same time, and to the hash."""
         bound = int(self.kept_bytes(targets) * _TEMPORARY_SHARE) // max(1, self._temporary_bytes(targets))
-        return max(1, min(torch.get_num_threads() - 1, bound))
+        return max(1, min((self.num_cores or torch.get_num_threads()) - 1, bound))
 
     def _is_adapted(self, piece: Piece) -> bool:
         return self.adapter is not None and self.adapter.changes(piece)

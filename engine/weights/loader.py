@@ -30,17 +30,22 @@ logger = logging.getLogger("octavo.engine")
 
 
 def load_weights(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, free_bytes: int | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    free_bytes: int | None = None,
+    num_cores: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Runtime name -> tensor on `device`: of `dtype`, or of float32 where the layout asks for that.
 
     Names, shapes, types and, where given, the device's `free_bytes` are checked before anything is read.
     Raises CheckpointError, in one line, for what is missing, has another shape or an unsupported type, or
-    does not fit; and when the file is not the one whose SHA-256 the checkpoint promises.
+    does not fit; and when the file is not the one whose SHA-256 the checkpoint promises. `num_cores`: 0 where
+    torch's number of threads says it.
     """
     started = time.perf_counter()
     with _no_garbage_collection():
-        filling, targets, notes = _plan(checkpoint, dtype, device, free_bytes)
+        filling, targets, notes = _plan(checkpoint, dtype, device, free_bytes, num_cores)
         for note in notes:
             logger.warning("%s: %s", checkpoint.path, note)
         with verified(checkpoint):
@@ -71,7 +76,11 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _plan(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, free_bytes: int | None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    free_bytes: int | None,
+    num_cores: int = 0,
 ) -> tuple[Filling, list[Target], list[str]]:
     """Read the headers, and check everything that can be checked by them; with what people should know."""
     source = _source(checkpoint)
@@ -85,7 +94,7 @@ def _plan(
     adapter = Adapter(checkpoint.adapter) if checkpoint.adapter else None
     if adapter is not None:
         adapter.check(targets)
-    filling = Filling(source, dtype, device, adapter)
+    filling = Filling(source, dtype, device, adapter, num_cores)
     if free_bytes is not None:
         _check_memory(checkpoint, filling, targets, free_bytes)
     return filling, targets, notes

@@ -1,4 +1,4 @@
-"""How far a long load is, on a terminal."""
+"""How far a long load is: on a terminal, and for whoever waits for its end."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from engine.messages import Loading
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _QUIET_S = 0.5  # shorter loads show nothing, and do not pay for importing the bar
+_TELL_EVERY_S = 1.0
+
+listener: Callable[[Loading], None] | None = None  # of this process
 
 
 @contextmanager
@@ -19,10 +24,14 @@ def progress_bar(title: str, total_bytes: int) -> Iterator[Callable[[int], None]
     bar: Any = None
     task: Any = None
     done_bytes, started = 0, time.perf_counter()
+    told = started
 
     def advance(num_bytes: int) -> None:
-        nonlocal bar, task, done_bytes
+        nonlocal bar, task, done_bytes, told
         done_bytes += num_bytes
+        if listener is not None and time.perf_counter() - told > _TELL_EVERY_S:
+            told = time.perf_counter()
+            listener(Loading(done_bytes, total_bytes))
         if bar is None and time.perf_counter() - started > _QUIET_S and sys.stderr.isatty():
             bar = _bar()
             task = bar.add_task(title, total=total_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 READY_WITHIN_S = 60.0
+PROMPT = "The history of the lighthouse begins"
 
 
 class Daemon:
@@ -86,11 +88,22 @@ class Daemon:
         return totals
 
     def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (engine,) = [
-            pid for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        return int(engine)
+        return self._child("octavo-engine")
+
+    def zygote_pid(self) -> int:
+        return self._child("octavo-zygote")
+
+    def _child(self, name: str) -> int:
+        """The one of this name; processes between them come and go."""
+        found: list[int] = []
+
+        def seen() -> bool:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            found[:] = [int(pid) for pid in children if alive(int(pid)) and name_of(int(pid)) == name]
+            return len(found) == 1
+
+        wait_until(seen, READY_WITHIN_S, lambda: f"no {name}: {found}")
+        return found[0]
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -111,11 +124,38 @@ class Daemon:
             self.lines.append(line.rstrip("\n"))
 
 
+def stream_text(
+    daemon: Daemon, on_chunk: Callable[[int], object] = lambda count: None, **body: Any
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text of a streamed completion and its chunks; `on_chunk(n)` after the n-th."""
+    pieces: list[str] = []
+    chunks: list[dict[str, Any]] = []
+    asked = {"prompt": PROMPT, "stream": True, **body}
+    with daemon.client() as client, client.stream("POST", "/v1/completions", json=asked) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            chunks.append(chunk)
+            pieces += [choice["text"] for choice in chunk["choices"]]
+            on_chunk(len(chunks))
+    return "".join(pieces), chunks
+
+
 def wait_until(seen: Callable[[], bool], within_s: float, complaint: Callable[[], str] = str) -> None:
     deadline = time.monotonic() + within_s
     while not seen():
         assert time.monotonic() < deadline, complaint()
         time.sleep(0.02)
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def alive(pid: int) -> bool:

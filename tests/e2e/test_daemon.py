@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
 import torch
 
-from tests.e2e.daemon import Daemon, alive, wait_until
-
-PROMPT = "The history of the lighthouse begins"
-
-
-def stream_text(daemon: Daemon, on_chunk=lambda count: None, **body) -> tuple[str, list[dict]]:
-    """The text of a streamed completion and its chunks; `on_chunk(n)` after the n-th."""
-    pieces, chunks = [], []
-    asked = {"prompt": PROMPT, "stream": True, **body}
-    with daemon.client() as client, client.stream("POST", "/v1/completions", json=asked) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            assert "error" not in chunk, chunk
-            chunks.append(chunk)
-            pieces += [choice["text"] for choice in chunk["choices"]]
-            on_chunk(len(chunks))
-    return "".join(pieces), chunks
+from tests.bench.kills import kill_again_and_again
+from tests.e2e.daemon import PROMPT, Daemon, alive, stream_text, wait_until
 
 
 def test_the_log_tells_where_the_start_went(live_server):
@@ -134,9 +116,46 @@ def test_drain_timeout_ends_the_rest_with_an_error():
 
 def test_the_engine_ends_when_the_server_is_killed():
     with Daemon() as daemon:
-        engine = daemon.engine_pid()
+        pids = [daemon.engine_pid(), daemon.zygote_pid()]
         daemon.kill()
-        wait_until(lambda: not alive(engine), 5)
+        wait_until(lambda: not any(map(alive, pids)), 5)
+
+
+def test_stopped_processes_end_with_the_server():
+    """Neither hears that its socket closes."""
+    with Daemon() as daemon:
+        pids = [daemon.engine_pid(), daemon.zygote_pid()]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        daemon.kill()
+        wait_until(lambda: not any(map(alive, pids)), 5)
+
+
+@pytest.mark.parametrize("zygote_too", [False, True])
+def test_streams_of_an_engine_that_is_killed_again_and_again_are_the_undisturbed_ones(zygote_too):
+    # Some tokens come between two kills, however slow it is; in float32 texts are equal on every CPU.
+    flags = ("--max-num-batched-tokens", "64", "--dtype", "float32")
+    with Daemon(*flags) as daemon:
+        done = kill_again_and_again(daemon, 3, 2.0, 30.0, 30, zygote_too=zygote_too, max_kills=4)
+        assert done.texts == done.undisturbed
+        assert done.num_kills >= 2
+        deaths = [line for line in daemon.lines if "engine died" in line]
+        assert len(deaths) == done.num_kills
+        assert all("cause=outside suspects=0" in line for line in deaths)
+        assert 1 <= done.num_restarts <= done.num_kills  # some may not have got ready before the next kill
+
+
+def test_an_engine_shares_what_its_zygote_loaded(live_server):
+    """Weights are there once, and the fork took no thread along."""
+    engine, zygote = live_server.engine_pid(), live_server.zygote_pid()
+    shared = {
+        int(line.split()[1])
+        for line in Path(f"/proc/{engine}/smaps_rollup").read_text().splitlines()
+        if line.startswith("Shared_Dirty")
+    }
+    assert max(shared) * 1024 > 200e6  # the default model takes 270 MB
+    # numpy's library of linear algebra has threads, which it ends before a fork.
+    assert len(list(Path(f"/proc/{zygote}/task").iterdir())) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.daemon import Daemon, wait_until
-from tests.e2e.test_daemon import stream_text
+from tests.e2e.daemon import Daemon, stream_text, wait_until
 
 LONG_PROMPT = [(7 * n * n + 3 * n) % 40_000 + 100 for n in range(400)]
 SHORT = {"prompt": "One, two,", "max_tokens": 4, "ignore_eos": True}

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from engine.core import LONG_STEP_S
+from engine.messages import Submit
 from engine.step_times import LOOK_EVERY, StepTimes
 from scheduler.costs import CostModel
 from scheduler.plan import Slice, StepPlan
@@ -52,3 +54,16 @@ def test_a_core_reports_it() -> None:
     assert core.step().step_time_ratio == 0.0, "nothing was computed"
     run(core, request("r", [3] * 20, max_tokens=3 * LOOK_EVERY))
     assert core.step().step_time_ratio > 0.0
+
+
+def test_a_step_that_is_predicted_to_be_long_is_announced_and_others_are_not() -> None:
+    core = tiny_core()
+    announced: list[float] = []
+    core.on_long_step = announced.append
+    core.handle(Submit(request("r", [3] * 20, max_tokens=2)))
+    core.step()
+    assert not announced
+    core.step_times.ratio = 1000.0  # steps have become slower than the costs say
+    core.step()
+    assert announced == [pytest.approx(1000 * core.scheduler.costs.step([(20, 1)]))]
+    assert announced[0] > LONG_STEP_S

@@ -57,6 +57,8 @@ class FakeEngine:
     refusal: RefusalReason | None = None  # with an error: the scheduler's
     retry_after_s: float = 0.0
     ready: Ready | None = None
+    on_change: Callable[[], None] | None = None
+    step_limit_s: float = 0.0
     on_step: Callable[[StepOutput], None] | None = None
     requests: list[Request] = field(default_factory=list)
     aborts: dict[str, float] = field(default_factory=dict)  # request id -> when

@@ -2,9 +2,10 @@
 
 Real are the messages and their encoding, the client's journal, and the engine's core with its scheduler;
 fake are the runner, the copies and the wire. One seed makes one small world: requests arrive, are refused,
-aborted and replayed, steps and copies fail, the engine dies with messages on the wire in both directions, and
-a new one gets what the journal holds. At the end every accepted choice must have had exactly one end and its
-exact text, and nothing may be left in the journal, the core or the scheduler.
+aborted and replayed, steps and copies fail, the engine is killed with messages on the wire in both
+directions, or dies of a request that kills it, and a new one gets what the journal gives it. At the end every
+accepted choice must have had exactly one end and its exact text, but for those of requests that kill engines,
+and nothing may be left in the journal, the core or the scheduler.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import msgspec
 
 from engine.core import MAX_FAILED_STEPS, EngineCore
 from engine.decoding import METHODS
-from engine.journal import JournalEntry
+from engine.journal import Journal
 from engine.messages import Abort, FromEngine, SequenceOutput, StepOutput, Submit, ToEngine, TokenLogprobs
 from engine.runner import Outcome
 from scheduler.clock import ManualClock
@@ -38,7 +39,7 @@ from scheduler.simulate import MAX_MODEL_LEN, draw_config, draw_costs, draw_requ
 from scheduler.types import FinishReason, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from engine.runner import Runner
     from engine.tiers.copier import Copier
@@ -48,6 +49,10 @@ Choice = tuple[str, int]
 
 _LOAD = (RefusalReason.QUEUE_FULL, RefusalReason.DEADLINE)
 _MAX_IDLE_ROUNDS = 200  # in which nothing is computed nor copied
+
+
+class _Crash(BaseException):
+    """The process is gone: nothing in it can catch this."""
 
 
 class _Wire:
@@ -128,6 +133,10 @@ class _Computing:
         pass
 
     def execute(self, plan: StepPlan) -> tuple[Outcome, ...]:
+        for piece in plan.slices:
+            sequence = self._scheduler.sequence(piece.seq_id)
+            if self._world.kills(sequence.request, len(sequence.tokens) - sequence.prompt_len):
+                raise _Crash
         if self._world.step_fails():
             if len(plan.slices) == 1:
                 sequence = self._scheduler.sequence(plan.slices[0].seq_id)
@@ -182,14 +191,20 @@ class Protocol:
         self._failing_step_rate = rng.choice((0.0, 0.0, 0.02))
         self._delay = rng.choice((0.0, 0.5))  # chance that a message stays on the wire for a round
         self._arrivals = [replace(one, delivered=()) for one in draw_requests(rng, self._clock())]
+        poison_rate = rng.choice((0.0, 0.0, 0.15))
+        # Requests that kill the engine once so many of a choice's tokens are there.
+        self._poison = {
+            one.request_id: rng.choice((0, 0, 2)) for one in self._arrivals if rng.random() < poison_rate
+        }
         self._failed_in_a_row = 0
         self.complaint: Exception | None = None  # of the fake runner, about a plan
         self.failed: set[Choice] = set()  # that raised alone
         self._aborted: set[Choice] = set()
         self._requests: dict[str, Request] = {}
-        self._replayed: set[str] = set()
+        self._num_given: Counter[str] = Counter()  # engines that were given a request
+        self._given: set[str] = set()  # to the one that runs
         self._told: dict[Choice, _Told] = {}
-        self._journal: dict[str, JournalEntry] = {}
+        self._journal = Journal()
         self._decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         self._reader: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
         self.totals: Counter[str] = Counter()
@@ -211,6 +226,9 @@ class Protocol:
         copies = cast("Copier", _Copies(self._tiers)) if config.host_pages else None
         runner = cast("Runner", _Computing(self, self._fake, scheduler))
         self._core = EngineCore(scheduler, runner, VOCABULARY, copies)
+        self._core.on_begun = self._journal.begun
+        self._given.clear()
+        self._send(self._journal.resume())
 
     # The world's time
 
@@ -241,7 +259,11 @@ class Protocol:
         while len(self._from_engine) and self._rng.random() >= self._delay:
             self._client_hears()
         if self._rng.random() < self._death_rate:
-            self._die()
+            self._die(outside=True)
+
+    def kills(self, request: Request, num_tokens: int) -> bool:
+        """Whether an engine dies that computes something of it after so many tokens of output."""
+        return num_tokens >= self._poison.get(request.request_id, num_tokens + 1)
 
     def step_fails(self) -> bool:
         """Never so many in a row that the engine gives up, which is tested elsewhere."""
@@ -258,39 +280,37 @@ class Protocol:
         while self._arrivals and self._arrivals[0].arrival_s <= self._clock():
             request = self._arrivals.pop(0)
             self._requests[request.request_id] = request
-            self._journal[request.request_id] = JournalEntry(request)
             for index in range(request.num_choices):
                 self._told[request.request_id, index] = _Told([], [])
-            self._to_engine.send(Submit(request))
+            self._send(self._journal.add(request, self._deliver))
         if self._journal and self._rng.random() < self._abort_rate:
-            self._client_aborts(self._rng.choice(list(self._journal)))
+            self._client_aborts(self._rng.choice(list(self._journal.entries)))
+
+    def _send(self, messages: Iterable[Submit | Abort]) -> None:
+        for message in messages:
+            if isinstance(message, Submit):
+                assert message.request.request_id not in self._given, "an engine is given a request twice"
+                self._given.add(message.request.request_id)
+                self._num_given[message.request.request_id] += 1
+            self._to_engine.send(message)
 
     def _client_aborts(self, request_id: str) -> None:
         """As the client does: of a whole request it wants to hear no more."""
-        entry = self._journal[request_id]
+        entry = self._journal.entries[request_id]
         index = self._rng.choice((None, self._rng.randrange(entry.request.num_choices)))
-        message = Abort(request_id, index)
         self.totals["aborts"] += 1
-        if index is None:
-            del self._journal[request_id]
-            self._aborted.update((request_id, one) for one in range(entry.request.num_choices))
-        else:
-            entry.aborted[index] = message
-            self._aborted.add((request_id, index))
-        self._to_engine.send(message)
+        indices = range(entry.request.num_choices) if index is None else (index,)
+        self._aborted.update((request_id, one) for one in indices)
+        self._send(self._journal.abort(Abort(request_id, index)))
 
     def _client_hears(self) -> None:
         message = self._reader.decode(self._from_engine.receive())
         assert isinstance(message, StepOutput)
         for output in message.outputs:
-            entry = self._journal.get(output.request_id)
-            if entry is None:
-                continue
-            news = entry.record(output)
-            if not entry.live:
-                del self._journal[output.request_id]
-            if news is not None:
-                self._deliver(news)
+            news, sink, messages = self._journal.record(output)
+            self._send(messages)
+            if news is not None and sink is not None:
+                sink(news)
 
     def _deliver(self, news: SequenceOutput) -> None:
         choice = (news.request_id, news.index)
@@ -312,7 +332,9 @@ class Protocol:
         if news.refusal is not None:
             self.totals[f"refused: {news.refusal}"] += 1
             load = news.refusal in _LOAD
-            assert not (load and choice[0] in self._replayed), f"{choice} was accepted, and refused for load"
+            assert not (load and self._num_given[choice[0]] > 1), (
+                f"{choice} was accepted, and refused for load"
+            )
         elif news.finish is FinishReason.ABORT:
             assert choice in self._aborted, f"{choice} was aborted by nobody"
         elif news.finish is FinishReason.DEADLINE:
@@ -340,25 +362,34 @@ class Protocol:
                 choice = (piece.request.request_id, piece.index)
                 assert self._told[choice].finish is None, f"{choice} ended for its client, and is computed"
         if self._core.can_step:
-            self._from_engine.send(self._core.step())
+            try:
+                self._from_engine.send(self._core.step())
+            except _Crash:
+                self._die(outside=False)
+                return
             if self.complaint is not None:
                 raise self.complaint
             self.totals["steps"] += 1
             check(self._core.scheduler)
 
-    def _die(self) -> None:
+    def _die(self, *, outside: bool) -> None:
         """What the engine has not received, and what the client has not, is lost; but for a part of the
         latter, which comes through the socket after the death."""
         for _ in range(self._rng.randint(0, len(self._from_engine))):
             self._client_hears()
-        self.totals["deaths"] += 1
+        self.totals["deaths" if outside else "crashes"] += 1
         self.totals["lost outputs"] += len(self._from_engine)
         self._count_engine()
+        advanced = self._journal.advanced
+        verdict, culprit = self._journal.lost(outside=outside)
+        assert outside or advanced or verdict.is_closer, "a crash, and nobody is nearer to its cause"
+        if culprit is not None:
+            name = culprit.request.request_id
+            assert name in self._poison, f"{name} is blamed, and kills nobody"
+            assert self._given == {name}, f"{name} is blamed, and was not alone"
+            self.totals["culprits"] += 1
+            self._aborted.update((name, index) for index in culprit.live)  # no more is heard of them
         self._start_engine(dict(self._core.scheduler._tiers.disk.page_of), self._tiers.disk())
-        self._replayed.update(self._journal)
-        for entry in self._journal.values():
-            for message in entry.replay():
-                self._to_engine.send(message)
 
     def _count_engine(self) -> None:
         stats = self._core.scheduler.stats()

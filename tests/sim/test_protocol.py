@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from engine.blame import Blame
 from engine.core import EngineCore
-from engine.journal import JournalEntry
+from engine.journal import Journal, JournalEntry
 from engine.messages import StepOutput, Submit
 from scheduler.types import FinishReason
 from tests.sim import protocol
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 NUM_SEEDS = 300
 HAPPENED = (
     "deaths",
+    "crashes",
+    "culprits",
     "lost outputs",
     "aborts",
     "failed steps",
@@ -76,15 +79,43 @@ def _replay_what_ended(original: Any) -> Any:
 
 
 def _replay_as_new(original: Any) -> Any:
-    def replay(self: JournalEntry) -> Any:
+    def give(self: JournalEntry) -> Any:
         submit, *aborts = original(self)
         return [Submit(replace(submit.request, readmitted=False)), *aborts]
 
-    return replay
+    return give
 
 
 def _repeat_scores(original: Any) -> Any:
     return lambda self, output: output
+
+
+def _blame_whom_comes_first(original: Any) -> Any:
+    def judge(self: Blame, begun: list[str], **how: Any) -> Any:
+        verdict = original(self, begun, **how)
+        return verdict._replace(culprit=begun[0]) if begun else verdict
+
+    return judge
+
+
+def _blame_one_of_many(original: Any) -> Any:
+    def judge(self: Blame, begun: list[str], **how: Any) -> Any:
+        self._num_given = min(self._num_given, 1)
+        return original(self, begun, **how)
+
+    return judge
+
+
+def _blame_for_what_came_from_outside(original: Any) -> Any:
+    return lambda self, **how: original(self, outside=False)
+
+
+def _hold_for_ever(original: Any) -> Any:
+    return lambda self, request_id: original(self, request_id) and False
+
+
+def _hold_nobody(original: Any) -> Any:
+    return lambda self, request_id: True
 
 
 def _report_nothing_of_messages(original: Any) -> Any:
@@ -118,9 +149,14 @@ def _keep_what_is_released(original: Any) -> Any:
 _BUGS = [
     (JournalEntry, "record", _record_no_tokens),
     (JournalEntry, "record", _record_no_end),
-    (JournalEntry, "replay", _replay_what_ended),
-    (JournalEntry, "replay", _replay_as_new),
+    (JournalEntry, "give", _replay_what_ended),
+    (JournalEntry, "give", _replay_as_new),
     (JournalEntry, "_without_repeats", _repeat_scores),
+    (Journal, "lost", _blame_for_what_came_from_outside),
+    (Blame, "judge", _blame_whom_comes_first),
+    (Blame, "judge", _blame_one_of_many),
+    (Blame, "clear", _hold_for_ever),
+    (Blame, "may_be_given", _hold_nobody),
     (EngineCore, "handle", _report_nothing_of_messages),
     (EngineCore, "step", _report_twice),
     (EngineCore, "can_step", _sleep_for_ever),

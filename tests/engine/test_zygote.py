@@ -1,0 +1,92 @@
+"""Real engines, forked from a real zygote: what a fork must not take along, and a request that kills them."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.client import EngineProcess
+from engine.config import EngineConfig
+from scheduler.config import SchedulerConfig
+from scheduler.types import FinishReason, Request, SamplingParams
+from tests.engine import poisoned_process
+from tests.engine.test_building import COSTS
+
+if TYPE_CHECKING:
+    from engine.messages import SequenceOutput
+
+SCRIPT = Path(poisoned_process.__file__)
+NUM_STREAMS = 16
+
+
+def test_a_fork_of_what_is_prepared_spreads_its_work_over_threads() -> None:
+    """GNU OpenMP's pool does not survive a fork: an engine would hang in its first step. The tables of
+    positions of a long context are large enough that torch would start one."""
+    code = """
+import os, signal, torch
+from engine import building
+from engine.config import EngineConfig
+prepared = building.prepare(EngineConfig(device="cpu"))
+torch.arange(1 << 22).float().cos()  # as large as anything that is prepared
+if os.fork() == 0:
+    signal.alarm(60)
+    torch.set_num_threads(2)
+    torch.arange(1 << 22).float().cos()
+    os._exit(0)
+assert len(os.listdir("/proc/self/task")) == 1, "a thread is left behind"
+raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Streams:
+    def __init__(self, client: EngineProcess, poison: int | None) -> None:
+        self.client = client
+        self.tokens: list[list[int]] = [[] for _ in range(NUM_STREAMS)]
+        self.errors: dict[int, str] = {}
+        self.left = NUM_STREAMS
+        self.ended = asyncio.Event()
+        for number in range(NUM_STREAMS):
+            prompt = [1, 30 + number, 500, 600]
+            if number == poison:
+                prompt[3] = poisoned_process.POISON
+            request = Request(
+                request_id=f"{number}-{poison}",
+                prompt_ids=tuple(prompt),
+                sampling=SamplingParams(max_tokens=12, temperature=1.0, seed=number),
+            )
+            client.submit(request, lambda output, number=number: self.hear(number, output))
+
+    def hear(self, number: int, output: SequenceOutput) -> None:
+        self.tokens[number] += output.tokens
+        if output.finish is FinishReason.ERROR:
+            self.errors[number] = output.error or ""
+        self.left -= output.finish is not None
+        if not self.left:
+            self.ended.set()
+
+
+async def test_fifteen_texts_are_the_undisturbed_ones_beside_one_that_kills_engines() -> None:
+    config = EngineConfig(
+        device="cpu",
+        dtype="float32",
+        state_folder="-",
+        costs=COSTS,
+        scheduler=SchedulerConfig(max_num_seqs=NUM_STREAMS),
+    )
+    client = EngineProcess(config, command=[sys.executable, str(SCRIPT)])
+    try:
+        await client.start()
+        undisturbed = Streams(client, None)
+        await asyncio.wait_for(undisturbed.ended.wait(), 300)
+        streams = Streams(client, 5)
+        await asyncio.wait_for(streams.ended.wait(), 300)
+        assert streams.errors == {5: "the engine dies whenever it computes this request"}
+        del streams.tokens[5], undisturbed.tokens[5]
+        assert streams.tokens == undisturbed.tokens
+        assert client.ready is not None
+    finally:
+        await client.close()
