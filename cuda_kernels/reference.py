@@ -2,15 +2,19 @@
 
 A row's result must not depend on what else is in the batch ("same seed, same text"). Matrix libraries
 pick other loops for some small row counts, and those loops add in another order; at multiples of
-`ROW_MULTIPLE` rows every row comes out bit for bit the same, so rows are padded to that.
+`ROW_MULTIPLE` rows every row comes out bit for bit the same, so rows are padded to that. Where a processor
+has AMX, oneDNN takes yet other loops for more than `AMX_ROWS` rows: so no more are computed at a time.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
 ROW_MULTIPLE = 8
+AMX_ROWS = 32
 SWISH_LIMIT, SWISH_SLOPE = 7.0, 1.702  # of "clamped_swish"
 
 
@@ -26,7 +30,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [T, K], weight [N, K], bias [N] -> [T, N]."""
-    return F.linear(x, weight, bias)
+    if x.shape[0] <= AMX_ROWS or x.dtype == torch.float32 or not x.is_cpu or not has_amx():
+        return F.linear(x, weight, bias)
+    blocks = (x[first : first + AMX_ROWS] for first in range(0, x.shape[0], AMX_ROWS))
+    return torch.cat([F.linear(block, weight, bias) for block in blocks])
+
+
+@functools.cache
+def has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:

@@ -322,7 +322,9 @@ def test_other_codings_are_415_and_named(server: Running, coding: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [RAW, CODED["gzip"][:-4], CODED["gzip"] + b"x", gzip.compress(b"") * 100, CODED["gzip"][:3]]
+    "content",
+    [RAW, CODED["gzip"][:-4], CODED["gzip"] + b"x", gzip.compress(b"") * 100, CODED["gzip"][:3]],
+    ids=["plain", "cut", "followed", "empty", "a beginning"],
 )
 def test_a_damaged_coding_is_400(server: Running, content: bytes) -> None:
     headers = {"content-encoding": "gzip", "content-type": "application/json"}
