@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 import uuid
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 NOT_READY_RETRY_S = 2
 _SALT_BYTES = 16
+RESTART_WAIT_S = 10.0  # work is taken so long after an engine's end: the next one is about to begin
 DRAIN_GRACE_S = 1.0  # what cut streams get to send their last words
 
 
@@ -102,6 +104,8 @@ class Service:
         self.rendering = TextThreads(server.num_text_threads, server.max_waiting_text_jobs)
         self._active: set[Generation] = set()
         self._known_ready: Ready | None = None
+        self._facts: Ready | None = None  # of the engine that runs, or ran last: the next one has the same
+        self._lost_s = -math.inf
         self._last_step_s = 0.0
         self._fingerprint = ""
         self.client.on_step = self._on_step
@@ -110,20 +114,25 @@ class Service:
     # State
 
     @property
+    def facts(self) -> Ready | None:
+        """What the engine said of itself, also while the next one begins. None before the first."""
+        return self.client.ready or self._facts
+
+    @property
     def max_model_len(self) -> int:
-        ready = self.client.ready
+        ready = self.facts
         return ready.max_model_len if ready else self.checkpoint.transformer.max_positions
 
     @property
     def vocab_size(self) -> int:
         """Ids that are both in the tokeniser and in the logits."""
-        ready = self.client.ready
+        ready = self.facts
         return min(self.tokenizer.vocab_size, ready.vocab_size) if ready else self.tokenizer.vocab_size
 
     @property
     def fingerprint(self) -> str:
         """Changes when the same seed may give another text."""
-        ready = self.client.ready
+        ready = self.facts
         if not self._fingerprint and ready is not None:
             parts = (self.version, self.model_name, ready.dtype, ready.device, ready.identity)
             self._fingerprint = "fp_" + hashlib.blake2b("|".join(parts).encode(), digest_size=6).hexdigest()
@@ -146,9 +155,9 @@ class Service:
         return time.monotonic() - since > limit_s
 
     def check_ready(self) -> None:
-        """Raise the 503 if work cannot be taken."""
+        """Raise the 503 if work cannot be taken. What comes while an engine begins again waits for it."""
         reason = self.why_not_ready()
-        if reason == "loading":
+        if reason == "loading" and time.monotonic() - self._lost_s > RESTART_WAIT_S:
             raise unavailable("The model is loading.", NOT_READY_RETRY_S, "loading")
         if reason == "stalled":
             raise unavailable("The engine makes no progress.", NOT_READY_RETRY_S, "stalled")
@@ -277,7 +286,7 @@ class Service:
         return hashlib.blake2b(json.dumps([tenant, salt]).encode(), digest_size=_SALT_BYTES).hexdigest()
 
     def _decoding(self, body: GenerationFields) -> Decoding:
-        return decoding_of(body.decoding, self.config.engine, self.client.ready)
+        return decoding_of(body.decoding, self.config.engine, self.facts)
 
     def _deadline_s(self, arrival_s: float, asked_s: float | None) -> float | None:
         waits = [wait for wait in (self.config.server.request_timeout_s, asked_s) if wait]
@@ -314,8 +323,10 @@ class Service:
             return
         self._known_ready = ready
         if ready is None:
+            self._lost_s = time.monotonic()
             self.metrics.on_lost()
         else:
+            self._facts = ready
             self.metrics.on_ready(ready)
 
     async def check_template(self) -> None:

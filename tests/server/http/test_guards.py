@@ -248,6 +248,22 @@ def test_not_ready_until_the_engine_is() -> None:
         assert server.post("/tokenize", {"prompt": "a"}).status_code == 200
 
 
+def test_what_comes_while_an_engine_begins_again_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a 503, in a pause that streams survive. Where the pause grows long it is one."""
+    with running() as server:
+        server.call(server.service.note_ready)
+        server.call(lambda: lose_engine(server))
+        assert server.get("/health").status_code == 503
+        assert server.complete(max_tokens=3)["choices"][0]["text"] == "abc"
+        monkeypatch.setattr("server.service.RESTART_WAIT_S", 0.0)
+        assert server.post("/v1/completions", {"prompt": "a"}).status_code == 503
+
+
+def lose_engine(server: Running) -> None:
+    server.engine.ready = None
+    server.service.note_ready()
+
+
 def test_a_stuck_engine_is_alive_but_not_ready() -> None:
     with running(FakeEngine(stuck=True), engine_stall_timeout_s=0.1) as server:
         assert server.get("/health").status_code == 200
