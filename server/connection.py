@@ -55,6 +55,7 @@ HANGUP_CHECK_S = 0.2  # of clients that shut their sending side while they wait
 HEADER_BYTES = 32  # that a header counts beside its text, as in HTTP/2: small ones take more memory than text
 MAX_PIPELINED = 16  # requests that a client may send ahead of their answers
 MIN_BODY_BYTES_PER_S = 512  # on average, once body_timeout_s has passed
+VERSIONS = ("1.0", "1.1")
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -238,7 +239,7 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as error:
             if self._is_deaf:
                 return
-            if self._exchanges and not self._exchanges[-1].keep_alive:
+            if self._exchanges and not self._exchanges[-1].keep_alive and self._receiving is None:
                 self._is_deaf = True  # what follows a last request is nobody's
             elif self._head_bytes > self._limits.max_header_bytes:
                 self._stop_receiving(self._head_too_large())
@@ -248,7 +249,6 @@ class Connection(asyncio.Protocol):
     def _ignore_upgrade(self, rest: bytes) -> None:
         """RFC 9110 7.8: whoever does not take an upgrade goes on as if it was not offered. The parser has
         ended the request at its head, so another one gets the head without the offer, then the rest."""
-        self._is_upgrade = False
         lines = [
             b"%b %b HTTP/%b"
             % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())
@@ -271,23 +271,27 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value) + HEADER_BYTES)
-        self._headers.append((name.lower(), value))
+        if self._receiving is None:  # else it is a trailer, which no guard before us looks at
+            self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         if self._is_deaf:
             return
         parser, method = self._parser, self._parser.get_method()
         headers = dict(self._headers)
-        if method == b"CONNECT":
+        codings = {value.strip().lower() for name, value in self._headers if name == b"transfer-encoding"}
+        if parser.get_http_version() not in VERSIONS:
+            self._stop_receiving(_version_not_supported())
+        elif method == b"CONNECT":
             self._stop_receiving(
                 ApiError(405, "The method CONNECT is not supported.", code="method_not_allowed")
             )
         elif parser.should_upgrade():
             pass  # see _ignore_upgrade
-        elif headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
+        elif codings - {b"chunked"}:
             message = "The only transfer encoding that is supported is chunked."
             self._stop_receiving(ApiError(501, message, code="unsupported_transfer_encoding"))
-        elif b"transfer-encoding" in headers and parser.get_http_version() == "1.0":
+        elif codings and parser.get_http_version() == "1.0":
             self._stop_receiving(ApiError(400, "HTTP/1.0 has no transfer encodings.", code="invalid_http"))
         elif len(self._exchanges) >= MAX_PIPELINED:
             self._is_deaf = True
@@ -504,8 +508,12 @@ def _no_room() -> ApiError:
 
 def _no_http(error: httptools.HttpParserError) -> ApiError:
     if "PRI" in str(error) or "version" in str(error):
-        return ApiError(505, "The only protocol that is served is HTTP/1.", code="http_version_not_supported")
+        return _version_not_supported()
     return ApiError(400, f"This is not valid HTTP: {error}.", code="invalid_http")
+
+
+def _version_not_supported() -> ApiError:
+    return ApiError(505, "The only protocol that is served is HTTP/1.", code="http_version_not_supported")
 
 
 def _answer(error: ApiError) -> bytes:
