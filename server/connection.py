@@ -39,6 +39,7 @@ from server import logs
 from server.errors import ApiError, unavailable
 from server.exchange import Exchange, head_bytes
 from server.middleware import QUIET_PATHS
+from server.refusals import draining
 
 if TYPE_CHECKING:
     import ssl
@@ -91,7 +92,11 @@ class Connection(asyncio.Protocol):
         self._last_byte_s = self._since_s
         self._is_deaf = False  # what comes is dropped
         self._has_place = False
-        self._num_held = 0  # bytes of requests that are not accepted yet
+        # Bytes: those of requests that are not accepted yet are held
+        self._num_received = self._num_let_go = 0
+        self._segment_begins_at = self._begins_at = (
+            0  # what came last; the one with the latest request's start
+        )
         self._head_bytes = self._untold_bytes = self._body_bytes = 0
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
@@ -112,6 +117,10 @@ class Connection(asyncio.Protocol):
     def is_read(self) -> bool:
         """Whether the kernel has all that was written."""
         return self._is_writable.is_set()
+
+    @property
+    def _num_held(self) -> int:
+        return self._num_received - self._num_let_go
 
     @property
     def _is_idle(self) -> bool:
@@ -140,23 +149,27 @@ class Connection(asyncio.Protocol):
     async def _greet(self, tls: ssl.SSLContext) -> None:
         """The handshake, which asyncio's server would do before anybody can count the connection."""
         limit_s = self._limits.head_timeout_s
-        with suppress(OSError):  # what fails also ends the connection
+        try:
             transport = await self.loop.start_tls(
                 self.transport, self, tls, server_side=True, ssl_handshake_timeout=limit_s
             )
-            assert transport is not None
-            self._use(transport)
-            self._expect(Expects.FIRST_BYTE)
+        except OSError as error:
+            transport = None
+            self.connection_lost(error)  # asyncio does not say so of one that is reset in the handshake
         self._greeting = None
+        if transport is None:  # gone
+            return
+        self._use(transport)
+        self._expect(Expects.FIRST_BYTE)
         if self._early:
             self.data_received(self._early)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Idempotent."""
         self._server_state.connections.discard(self)
         self._connections.leave(self)
         self._is_deaf = True
-        self._incoming.give_back(self._num_held)
-        self._num_held = 0
+        self._let_go(self._num_received)
         self.backlog.close()
         for exchange in self._exchanges:
             exchange.disconnect()
@@ -172,16 +185,19 @@ class Connection(asyncio.Protocol):
             return
         self._last_byte_s = self.loop.time()
         if not self._incoming.has_room(self._num_held, len(data)):
+            if self._receiving is None:
+                self._expect(Expects.HEAD)  # it may be sending still, and shall read why not
             self._stop_receiving(_no_room())
             return
         self._incoming.take(len(data))
-        self._num_held += len(data)
+        self._num_received += len(data)
         self._untold_bytes += len(data)
+        self._segment_begins_at = self._num_received - len(data)
         self._parse(data)
         if self._untold_bytes > self._limits.max_header_bytes and not self._is_deaf:
             self._stop_receiving(self._head_too_large())
         if not (self._exchanges or self._is_deaf or self._expects is Expects.HEAD):
-            self._let_go()  # empty lines between requests
+            self._let_go(self._num_received)  # empty lines between requests
 
     def eof_received(self) -> bool:
         """A client may shut its sending side and wait for its answer (`nc -N`); one that is gone looks the
@@ -222,7 +238,9 @@ class Connection(asyncio.Protocol):
     # uvicorn's side
 
     def shutdown(self) -> None:
-        """Close once the requests that are here have been answered."""
+        """Close once the requests that are here have been answered. One that is not all here is refused."""
+        if self._receiving is not None:
+            self._stop_receiving(draining())
         if self._exchanges:
             self._exchanges[-1].keep_alive = False
         else:
@@ -263,6 +281,7 @@ class Connection(asyncio.Protocol):
         self._connections.note_idle(self, idle=False)
         self._expect(Expects.HEAD)
         self._head_bytes = self._untold_bytes = self._body_bytes = 0
+        self._begins_at = self._segment_begins_at
         self._url, self._headers = b"", []
 
     def on_url(self, url: bytes) -> None:
@@ -333,7 +352,7 @@ class Connection(asyncio.Protocol):
             return
         announced = int(headers.get(b"content-length", b"0"))
         keep_alive = self._parser.should_keep_alive() and self._has_place
-        exchange = Exchange(self, self._scope(method, path, url), keep_alive=keep_alive)
+        exchange = Exchange(self, self._scope(method, path, url), self._begins_at, keep_alive=keep_alive)
         self._receiving = exchange
         self._expect(Expects.BODY)
         if headers.get(b"expect", b"").lower() == b"100-continue" and exchange.scope["http_version"] == "1.1":
@@ -371,6 +390,7 @@ class Connection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange) -> None:
         """The last byte of its answer is written."""
+        self.let_go()
         self._exchanges.popleft()
         self._server_state.total_requests += 1
         if self.transport.is_closing():
@@ -384,19 +404,21 @@ class Connection(asyncio.Protocol):
         elif self._is_deaf:
             self.close()
         elif self._expects is Expects.NEXT_BYTE:
-            self._let_go()
             self._expect(Expects.NEXT_BYTE)
             self._connections.note_idle(self, idle=True)
 
     def let_go(self) -> None:
-        """What the request in hand was sent in is no longer needed. With others behind it, it counts until
-        they are done."""
-        if len(self._exchanges) == 1 and self._expects is Expects.NEXT_BYTE:
-            self._let_go()
+        """What the request in hand was sent in is no longer needed: all that came before the next."""
+        if len(self._exchanges) > 1:
+            self._let_go(self._exchanges[1].begins_at)
+        else:
+            is_whole = self._expects is Expects.NEXT_BYTE or self._receiving is not None
+            self._let_go(self._num_received if is_whole else self._begins_at)
 
-    def _let_go(self) -> None:
-        self._incoming.give_back(self._num_held)
-        self._num_held = 0
+    def _let_go(self, until: int) -> None:
+        until = max(until, self._num_let_go)  # when the connection is lost all goes, and exchanges go on
+        self._incoming.give_back(until - self._num_let_go)
+        self._num_let_go = until
 
     # Time
 
@@ -454,7 +476,7 @@ class Connection(asyncio.Protocol):
         if self._receiving is not None:
             self._receiving.refuse(error)
             if len(self._exchanges) == 1:
-                self._let_go()
+                self.let_go()
         elif self._exchanges:
             self._last_words = error
         else:

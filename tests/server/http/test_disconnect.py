@@ -13,6 +13,7 @@ import pytest
 from engine.messages import SequenceOutput
 from scheduler.types import FinishReason
 from server.metrics import Metrics
+from server.routes.completions import CompletionView
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
 
@@ -153,6 +154,29 @@ def test_engine_error_is_500_or_an_event() -> None:
         streamed = server.post("/v1/completions", {"prompt": "x", "stream": True}).text.split("\n\n")
         assert json.loads(streamed[-3][6:])["error"]["code"] == "engine_error"
         assert streamed[-2] == "data: [DONE]"
+        assert server.service.admission.in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("place", ["start", "log", "view"])
+def test_a_fault_after_admission_leaves_nothing(
+    place: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between admission and the answer nobody was there to free the pages."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    with running(FakeEngine(stuck=True)) as server:
+        holder, name = {
+            "start": (server.service.metrics, "begin"),
+            "log": (server.service, "_log_prompts"),
+            "view": (CompletionView, "__post_init__"),
+        }[place]
+        monkeypatch.setattr(holder, name, fail)
+        answer = server.post("/v1/completions", {"prompt": "x", "stream": stream})
+        assert answer.status_code == 500
+        within(5, lambda: not (server.engine.live or server.service._active))
         assert server.service.admission.in_flight == 0
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import time
 from contextlib import ExitStack, suppress
@@ -115,6 +116,22 @@ def test_handshakes_that_do_not_end_are_connections_like_others(files: Path) -> 
             assert client.get("/live").status_code == 200
         with httpx.Client(base_url=server.url, verify=context) as client:
             assert client.post("/v1/completions", json=STREAM).status_code == 503
+
+
+@needs_openssl
+def test_handshakes_that_are_reset_leave_nothing(files: Path) -> None:
+    """asyncio tells nobody of them, and each took a place for ever."""
+    names = tls(files, certfile="cert.pem", keyfile="key.pem")
+    with running(max_connections=5, **names) as server:  # type: ignore[arg-type]
+        host, port = server.url.removeprefix("https://").split(":")
+        for _ in range(20):
+            with socket.create_connection((host, int(port)), timeout=10) as raw:
+                raw.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # of a greeting
+                time.sleep(0.01)
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        context = ssl._create_unverified_context()
+        with httpx.Client(base_url=server.url, verify=context, timeout=10) as client:
+            assert client.post("/v1/completions", json=STREAM).status_code == 200
 
 
 @needs_openssl
