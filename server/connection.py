@@ -495,8 +495,9 @@ class Connection(asyncio.Protocol):
         if self._expects is Expects.NEXT_BYTE or self._expects is Expects.FIRST_BYTE:
             self.transport.close()
             return
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+        if self.is_read and self.transport.can_write_eof():
+            with suppress(OSError):  # it is gone
+                self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 
     def give_way(self) -> None:

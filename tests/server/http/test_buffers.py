@@ -281,6 +281,20 @@ def test_a_client_that_leaves_while_it_sends_is_499_without_a_traceback(
     assert [record.levelname for record in lines] == ["INFO"]
 
 
+def test_a_client_that_is_gone_when_its_refusal_ends_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """To shut a socket that is no longer connected raises, and was a 500 with a traceback."""
+    with running() as server:
+        for number in range(150):
+            with connect(server) as client:
+                client.sendall(head("/nowhere", "Content-Length: 100") + b"{")
+                time.sleep(number % 10 * 0.0002)
+                if number % 2:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert send(server, LAST_LIVE)[0].status == 200
+        assert not any('status="500"' in name for name in server.metrics())
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 class HeldTokenizer(ByteTokenizer):
     """Encodes once it is let go."""
 
