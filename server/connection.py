@@ -32,7 +32,6 @@ from contextlib import suppress
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-import httptools
 import msgspec
 
 from server import logs
@@ -40,6 +39,7 @@ from server.errors import ApiError, unavailable
 from server.exchange import Exchange, head_bytes
 from server.middleware import QUIET_PATHS
 from server.refusals import draining
+from server.request_parser import RequestParser
 
 if TYPE_CHECKING:
     import ssl
@@ -49,15 +49,15 @@ if TYPE_CHECKING:
 
     from server.buffers import Backlog
     from server.connections import Connections
+    from server.request_parser import Head
 
 LINGER_S = 0.5  # a refused client is still read from, or the answer might be lost in a reset
 RETRY_S = 1
 HANGUP_CHECK_S = 0.2  # of clients that shut their sending side while they wait
-HEADER_BYTES = 32  # that a header counts beside its text, as in HTTP/2: small ones take more memory than text
 MAX_PIPELINED = 16  # requests that a client may send ahead of their answers
 MIN_BODY_BYTES_PER_S = 512  # on average, once body_timeout_s has passed
-VERSIONS = ("1.0", "1.1")
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+TOO_MANY_PIPELINED = ApiError(429, "Too many requests ahead of their answers.", code="too_many_pipelined")
 
 
 class Expects(Enum):
@@ -70,12 +70,10 @@ class Expects(Enum):
 
 
 class Connection(asyncio.Protocol):
-    """One connection. The parser buffers a header until it is whole, so two counts bound the head:
-    what the parser has told of it, and what it was fed since it last told anything."""
+    """One connection."""
 
-    transport: asyncio.Transport  # these three from `connection_made` on
+    transport: asyncio.Transport  # these two from `connection_made` on
     backlog: Backlog
-    _parser: Any
 
     def __init__(
         self, connections: Connections, app: ASGIApp, server_state: ServerState, app_state: dict[str, Any]
@@ -87,6 +85,7 @@ class Connection(asyncio.Protocol):
         self._greeting: asyncio.Task[None] | None = None  # in TLS
         self._early = b""
         # What comes in
+        self._parser = RequestParser(self, self._limits.max_header_bytes)
         self._expects = Expects.FIRST_BYTE
         self._since_s = self.loop.time()  # when it began to wait for that
         self._last_byte_s = self._since_s
@@ -94,12 +93,9 @@ class Connection(asyncio.Protocol):
         self._has_place = False
         # Bytes: those of requests that are not accepted yet are held
         self._num_received = self._num_let_go = 0
-        self._segment_begins_at = self._begins_at = (
-            0  # what came last; the one with the latest request's start
-        )
-        self._head_bytes = self._untold_bytes = self._body_bytes = 0
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
+        self._segment_begins_at = 0
+        self._begins_at = 0  # the latest request, or a little earlier: the segment with its start
+        self._body_bytes = 0
         self._receiving: Exchange | None = None  # whose body is arriving
         # What goes out
         self._exchanges: deque[Exchange] = deque()  # not answered yet; the first is being worked on
@@ -134,7 +130,6 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.backlog = self._connections.buffers.outgoing.open(self.abort)
-        self._parser = httptools.HttpRequestParser(self)
         self._server_state.connections.add(self)  # type: ignore[arg-type]
         self._use(transport)
         self._has_place = self._connections.enter(self)
@@ -175,7 +170,7 @@ class Connection(asyncio.Protocol):
             exchange.disconnect()
         self._exchanges.clear()
         self._is_writable.set()
-        self._parser = None  # which refers back
+        self._parser.close()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
@@ -191,11 +186,14 @@ class Connection(asyncio.Protocol):
             return
         self._incoming.take(len(data))
         self._num_received += len(data)
-        self._untold_bytes += len(data)
         self._segment_begins_at = self._num_received - len(data)
-        self._parse(data)
-        if self._untold_bytes > self._limits.max_header_bytes and not self._is_deaf:
-            self._stop_receiving(self._head_too_large())
+        try:
+            self._parser.feed(data)
+        except ApiError as error:
+            if self._exchanges and not self._exchanges[-1].keep_alive and self._receiving is None:
+                self._is_deaf = True  # what follows a last request is nobody's
+            else:
+                self._stop_receiving(error)
         if not (self._exchanges or self._is_deaf or self._expects is Expects.HEAD):
             self._let_go(self._num_received)  # empty lines between requests
 
@@ -248,138 +246,63 @@ class Connection(asyncio.Protocol):
 
     # The parser's side
 
-    def _parse(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            if not self._is_deaf:
-                self._ignore_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            if self._is_deaf:
-                return
-            if self._exchanges and not self._exchanges[-1].keep_alive and self._receiving is None:
-                self._is_deaf = True  # what follows a last request is nobody's
-            elif self._head_bytes > self._limits.max_header_bytes:
-                self._stop_receiving(self._head_too_large())
-            else:
-                self._stop_receiving(_no_http(error))
-
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """RFC 9110 7.8: whoever does not take an upgrade goes on as if it was not offered. The parser has
-        ended the request at its head, so another one gets the head without the offer, then the rest."""
-        lines = [
-            b"%b %b HTTP/%b"
-            % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())
-        ]
-        lines += [b"%b: %b" % header for header in self._headers if header[0] != b"upgrade"]
-        self._parser = httptools.HttpRequestParser(self)
-        self._parse(b"\r\n".join([*lines, b"", b""]) + rest)
-
-    def on_message_begin(self) -> None:
-        if self._is_deaf:
-            return
+    def begin_head(self) -> None:
         self._connections.note_idle(self, idle=False)
         self._expect(Expects.HEAD)
-        self._head_bytes = self._untold_bytes = self._body_bytes = 0
+        self._body_bytes = 0
         self._begins_at = self._segment_begins_at
-        self._url, self._headers = b"", []
 
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + HEADER_BYTES)
-        if self._receiving is None:  # else it is a trailer, which no guard before us looks at
-            self._headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        if self._is_deaf:
-            return
-        parser, method = self._parser, self._parser.get_method()
-        headers = dict(self._headers)
-        codings = {value.strip().lower() for name, value in self._headers if name == b"transfer-encoding"}
-        if parser.get_http_version() not in VERSIONS:
-            self._stop_receiving(_version_not_supported())
-        elif method == b"CONNECT":
-            self._stop_receiving(
-                ApiError(405, "The method CONNECT is not supported.", code="method_not_allowed")
-            )
-        elif parser.should_upgrade():
-            pass  # see _ignore_upgrade
-        elif codings - {b"chunked"}:
-            message = "The only transfer encoding that is supported is chunked."
-            self._stop_receiving(ApiError(501, message, code="unsupported_transfer_encoding"))
-        elif codings and parser.get_http_version() == "1.0":
-            self._stop_receiving(ApiError(400, "HTTP/1.0 has no transfer encodings.", code="invalid_http"))
-        elif len(self._exchanges) >= MAX_PIPELINED:
-            self._is_deaf = True
+    def begin_request(self, head: Head) -> None:
+        """Raises ApiError, which the request answers with where it has begun."""
+        if len(self._exchanges) >= MAX_PIPELINED:
             self._exchanges[-1].keep_alive = False
-        else:
-            self._begin(method.decode("ascii"), headers)
+            raise TOO_MANY_PIPELINED
+        if not self._has_place and head.path.rstrip(b"/").decode() not in QUIET_PATHS:
+            raise unavailable("Too many open connections.", RETRY_S, "too_many_connections")
+        announced = int(head.value_of(b"content-length") or b"0")
+        keep_alive = head.keep_alive and self._has_place
+        exchange = Exchange(self, self._scope(head), self._begins_at, keep_alive=keep_alive)
+        if head.value_of(b"expect").lower() == b"100-continue" and head.version == "1.1":
+            exchange.expect_continue()
+        self._receiving = exchange
+        self._expect(Expects.BODY)
+        self._exchanges.append(exchange)
+        if len(self._exchanges) == 1:
+            self._run(exchange)
+        if announced > self._limits.max_body_bytes:
+            raise self._body_too_large()
+        if announced and not self._incoming.has_room(self._num_held, announced):
+            raise _no_room()
 
-    def on_body(self, body: bytes) -> None:
-        self._untold_bytes = 0
-        exchange = self._receiving
-        if exchange is None or self._is_deaf:
-            return
-        self._body_bytes += len(body)
-        if exchange.feed(body) > self._limits.max_body_bytes:
-            self._stop_receiving(self._body_too_large())
+    def take_body(self, data: bytes) -> None:
+        assert self._receiving is not None
+        self._body_bytes += len(data)
+        if self._receiving.feed(data) > self._limits.max_body_bytes:
+            raise self._body_too_large()
 
-    def on_message_complete(self) -> None:
-        if self._receiving is None or self._is_deaf:
-            return
+    def end_request(self) -> None:
+        assert self._receiving is not None
         exchange, self._receiving = self._receiving, None
         self._expect(Expects.NEXT_BYTE)
-        self._untold_bytes = 0
         exchange.complete()
-
-    def _count(self, num_bytes: int) -> None:
-        """An exception ends the parsing."""
-        self._untold_bytes = 0
-        self._head_bytes += num_bytes
-        if self._head_bytes > self._limits.max_header_bytes:
-            raise ValueError("the head is too large")
 
     # Requests
 
-    def _begin(self, method: str, headers: dict[bytes, bytes]) -> None:
-        url = httptools.parse_url(self._url)
-        path = (url.path or b"/").decode("ascii")
-        if not self._has_place and path.rstrip("/") not in QUIET_PATHS:
-            self._stop_receiving(unavailable("Too many open connections.", RETRY_S, "too_many_connections"))
-            return
-        announced = int(headers.get(b"content-length", b"0"))
-        keep_alive = self._parser.should_keep_alive() and self._has_place
-        exchange = Exchange(self, self._scope(method, path, url), self._begins_at, keep_alive=keep_alive)
-        self._receiving = exchange
-        self._expect(Expects.BODY)
-        if headers.get(b"expect", b"").lower() == b"100-continue" and exchange.scope["http_version"] == "1.1":
-            exchange.expect_continue()
-        self._exchanges.append(exchange)
-        if announced > self._limits.max_body_bytes:
-            self._stop_receiving(self._body_too_large())
-        elif announced and not self._incoming.has_room(self._num_held, announced):
-            self._stop_receiving(_no_room())
-        if len(self._exchanges) == 1:
-            self._run(exchange)
-
-    def _scope(self, method: str, path: str, url: Any) -> dict[str, Any]:
+    def _scope(self, head: Head) -> dict[str, Any]:
         transport = self.transport
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": self._parser.get_http_version(),
+            "http_version": head.version,
             "server": _address(transport.get_extra_info("sockname")),
             "client": _address(transport.get_extra_info("peername")),
             "scheme": "https" if transport.get_extra_info("sslcontext") else "http",
             "root_path": "",
-            "method": method,
-            "path": urllib.parse.unquote(path),
-            "raw_path": url.path or b"/",
-            "query_string": url.query or b"",
-            "headers": self._headers,
+            "method": head.method,
+            "path": urllib.parse.unquote(head.path.decode("ascii")),
+            "raw_path": head.path,
+            "query_string": head.query,
+            "headers": head.headers,
             "state": self._app_state.copy(),
         }
 
@@ -516,10 +439,6 @@ class Connection(asyncio.Protocol):
             )
         self.transport.abort()
 
-    def _head_too_large(self) -> ApiError:
-        message = f"The request line and headers are larger than {self._limits.max_header_bytes} bytes."
-        return ApiError(431, message, code="headers_too_large")
-
     def _body_too_large(self) -> ApiError:
         message = f"The body is larger than {self._limits.max_body_bytes} bytes."
         return ApiError(413, message, code="body_too_large")
@@ -527,16 +446,6 @@ class Connection(asyncio.Protocol):
 
 def _no_room() -> ApiError:
     return unavailable("The server holds as many bytes of requests as it may.", RETRY_S, "buffers_full")
-
-
-def _no_http(error: httptools.HttpParserError) -> ApiError:
-    if "PRI" in str(error) or "version" in str(error):
-        return _version_not_supported()
-    return ApiError(400, f"This is not valid HTTP: {error}.", code="invalid_http")
-
-
-def _version_not_supported() -> ApiError:
-    return ApiError(505, "The only protocol that is served is HTTP/1.", code="http_version_not_supported")
 
 
 def _answer(error: ApiError) -> bytes:
