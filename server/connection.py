@@ -57,7 +57,6 @@ HANGUP_CHECK_S = 0.2  # of clients that shut their sending side while they wait
 MAX_PIPELINED = 16  # requests that a client may send ahead of their answers
 MIN_BODY_BYTES_PER_S = 512  # on average, once body_timeout_s has passed
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-TOO_MANY_PIPELINED = ApiError(429, "Too many requests ahead of their answers.", code="too_many_pipelined")
 
 
 class Expects(Enum):
@@ -256,7 +255,7 @@ class Connection(asyncio.Protocol):
         """Raises ApiError, which the request answers with where it has begun."""
         if len(self._exchanges) >= MAX_PIPELINED:
             self._exchanges[-1].keep_alive = False
-            raise TOO_MANY_PIPELINED
+            raise ApiError(429, "Too many requests ahead of their answers.")  # told by closing after the last
         if not self._has_place and head.path.rstrip(b"/").decode() not in QUIET_PATHS:
             raise unavailable("Too many open connections.", RETRY_S, "too_many_connections")
         announced = int(head.value_of(b"content-length") or b"0")

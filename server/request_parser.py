@@ -15,9 +15,6 @@ from server.errors import ApiError
 
 HEADER_BYTES = 32  # that a header counts beside its text, as in HTTP/2: small ones take more memory than text
 VERSIONS = ("1.0", "1.1")
-OTHER_VERSION = ApiError(
-    505, "The only protocol that is served is HTTP/1.", code="http_version_not_supported"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ class RequestParser:
     def on_headers_complete(self) -> None:
         parser, method, version = self._parser, self._parser.get_method(), self._parser.get_http_version()
         if version not in VERSIONS:
-            raise OTHER_VERSION
+            raise _other_version()
         if method == b"CONNECT":
             raise ApiError(405, "The method CONNECT is not supported.", code="method_not_allowed")
         if parser.should_upgrade():
@@ -153,5 +150,9 @@ class RequestParser:
 
 def _no_http(error: httptools.HttpParserError) -> ApiError:
     if "PRI" in str(error) or "version" in str(error):
-        return OTHER_VERSION
+        return _other_version()
     return ApiError(400, f"This is not valid HTTP: {error}.", code="invalid_http")
+
+
+def _other_version() -> ApiError:
+    return ApiError(505, "The only protocol that is served is HTTP/1.", code="http_version_not_supported")
