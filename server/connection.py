@@ -71,7 +71,8 @@ class Expects(Enum):
 class Connection(asyncio.Protocol):
     """One connection."""
 
-    transport: asyncio.Transport  # these two from `connection_made` on
+    transport: asyncio.Transport  # these from `connection_made` on
+    _socket: asyncio.Transport  # the same, or what TLS lies on
     backlog: Backlog
 
     def __init__(
@@ -130,6 +131,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.backlog = self._connections.buffers.outgoing.open(self.abort)
         self._server_state.connections.add(self)  # type: ignore[arg-type]
+        self._socket = transport
         self._use(transport)
         self._has_place = self._connections.enter(self)
         if self._connections.tls is not None:
@@ -142,16 +144,20 @@ class Connection(asyncio.Protocol):
 
     async def _greet(self, tls: ssl.SSLContext) -> None:
         """The handshake, which asyncio's server would do before anybody can count the connection."""
-        limit_s = self._limits.head_timeout_s
         try:
             transport = await self.loop.start_tls(
-                self.transport, self, tls, server_side=True, ssl_handshake_timeout=limit_s
+                self.transport,
+                self,
+                tls,
+                server_side=True,
+                ssl_handshake_timeout=self._limits.head_timeout_s,
+                ssl_shutdown_timeout=self._limits.send_timeout_s,
             )
-        except OSError as error:
+        except OSError:
             transport = None
-            self.connection_lost(error)  # asyncio does not say so of one that is reset in the handshake
         self._greeting = None
-        if transport is None:  # gone
+        if transport is None:  # it is gone, and asyncio does not always say so
+            self.connection_lost(None)
             return
         self._use(transport)
         self._expect(Expects.FIRST_BYTE)
@@ -415,18 +421,24 @@ class Connection(asyncio.Protocol):
         self._is_deaf = True
         self._connections.note_idle(self, idle=False)
         if self._expects is Expects.NEXT_BYTE or self._expects is Expects.FIRST_BYTE:
-            self.transport.close()
+            self._hang_up()
             return
         if self.is_read and self.transport.can_write_eof():
             with suppress(OSError):  # it is gone
                 self.transport.write_eof()
-        self.loop.call_later(LINGER_S, self.transport.close)
+        self.loop.call_later(LINGER_S, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """TLS waits for the client's farewell, which need not come."""
+        self.transport.close()
+        if self.is_read and self.transport is not self._socket:
+            self.loop.call_later(LINGER_S, self._socket.close)
 
     def give_way(self) -> None:
         """Close at once. Whatever the client has not read of an earlier answer is still sent, if the kernel
         has it."""
         if self.is_read:
-            self.transport.close()
+            self._hang_up()
         else:
             self.abort()
 
