@@ -32,13 +32,14 @@ from contextlib import suppress
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
-import httptools
 import msgspec
 
 from server import logs
 from server.errors import ApiError, unavailable
 from server.exchange import Exchange, head_bytes
 from server.middleware import QUIET_PATHS
+from server.refusals import draining
+from server.request_parser import RequestParser
 
 if TYPE_CHECKING:
     import ssl
@@ -48,11 +49,11 @@ if TYPE_CHECKING:
 
     from server.buffers import Backlog
     from server.connections import Connections
+    from server.request_parser import Head
 
 LINGER_S = 0.5  # a refused client is still read from, or the answer might be lost in a reset
 RETRY_S = 1
 HANGUP_CHECK_S = 0.2  # of clients that shut their sending side while they wait
-HEADER_BYTES = 32  # that a header counts beside its text, as in HTTP/2: small ones take more memory than text
 MAX_PIPELINED = 16  # requests that a client may send ahead of their answers
 MIN_BODY_BYTES_PER_S = 512  # on average, once body_timeout_s has passed
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -68,12 +69,11 @@ class Expects(Enum):
 
 
 class Connection(asyncio.Protocol):
-    """One connection. The parser buffers a header until it is whole, so two counts bound the head:
-    what the parser has told of it, and what it was fed since it last told anything."""
+    """One connection."""
 
-    transport: asyncio.Transport  # these three from `connection_made` on
+    transport: asyncio.Transport  # these from `connection_made` on
+    _socket: asyncio.Transport  # the same, or what TLS lies on
     backlog: Backlog
-    _parser: Any
 
     def __init__(
         self, connections: Connections, app: ASGIApp, server_state: ServerState, app_state: dict[str, Any]
@@ -85,15 +85,17 @@ class Connection(asyncio.Protocol):
         self._greeting: asyncio.Task[None] | None = None  # in TLS
         self._early = b""
         # What comes in
+        self._parser = RequestParser(self, self._limits.max_header_bytes)
         self._expects = Expects.FIRST_BYTE
         self._since_s = self.loop.time()  # when it began to wait for that
         self._last_byte_s = self._since_s
         self._is_deaf = False  # what comes is dropped
         self._has_place = False
-        self._num_held = 0  # bytes of requests that are not accepted yet
-        self._head_bytes = self._untold_bytes = self._body_bytes = 0
-        self._url = b""
-        self._headers: list[tuple[bytes, bytes]] = []
+        # Bytes: those of requests that are not accepted yet are held
+        self._num_received = self._num_let_go = 0
+        self._segment_begins_at = 0
+        self._begins_at = 0  # the latest request, or a little earlier: the segment with its start
+        self._body_bytes = 0
         self._receiving: Exchange | None = None  # whose body is arriving
         # What goes out
         self._exchanges: deque[Exchange] = deque()  # not answered yet; the first is being worked on
@@ -113,6 +115,10 @@ class Connection(asyncio.Protocol):
         return self._is_writable.is_set()
 
     @property
+    def _num_held(self) -> int:
+        return self._num_received - self._num_let_go
+
+    @property
     def _is_idle(self) -> bool:
         return self._expects is Expects.NEXT_BYTE and not self._exchanges
 
@@ -124,8 +130,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.backlog = self._connections.buffers.outgoing.open(self.abort)
-        self._parser = httptools.HttpRequestParser(self)
         self._server_state.connections.add(self)  # type: ignore[arg-type]
+        self._socket = transport
         self._use(transport)
         self._has_place = self._connections.enter(self)
         if self._connections.tls is not None:
@@ -138,30 +144,38 @@ class Connection(asyncio.Protocol):
 
     async def _greet(self, tls: ssl.SSLContext) -> None:
         """The handshake, which asyncio's server would do before anybody can count the connection."""
-        limit_s = self._limits.head_timeout_s
-        with suppress(OSError):  # what fails also ends the connection
+        try:
             transport = await self.loop.start_tls(
-                self.transport, self, tls, server_side=True, ssl_handshake_timeout=limit_s
+                self.transport,
+                self,
+                tls,
+                server_side=True,
+                ssl_handshake_timeout=self._limits.head_timeout_s,
+                ssl_shutdown_timeout=self._limits.send_timeout_s,
             )
-            assert transport is not None
-            self._use(transport)
-            self._expect(Expects.FIRST_BYTE)
+        except OSError:
+            transport = None
         self._greeting = None
+        if transport is None:  # it is gone, and asyncio does not always say so
+            self.connection_lost(None)
+            return
+        self._use(transport)
+        self._expect(Expects.FIRST_BYTE)
         if self._early:
             self.data_received(self._early)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Idempotent."""
         self._server_state.connections.discard(self)
         self._connections.leave(self)
         self._is_deaf = True
-        self._incoming.give_back(self._num_held)
-        self._num_held = 0
+        self._let_go(self._num_received)
         self.backlog.close()
         for exchange in self._exchanges:
             exchange.disconnect()
         self._exchanges.clear()
         self._is_writable.set()
-        self._parser = None  # which refers back
+        self._parser.close()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
@@ -171,16 +185,22 @@ class Connection(asyncio.Protocol):
             return
         self._last_byte_s = self.loop.time()
         if not self._incoming.has_room(self._num_held, len(data)):
+            if self._receiving is None:
+                self._expect(Expects.HEAD)  # it may be sending still, and shall read why not
             self._stop_receiving(_no_room())
             return
         self._incoming.take(len(data))
-        self._num_held += len(data)
-        self._untold_bytes += len(data)
-        self._parse(data)
-        if self._untold_bytes > self._limits.max_header_bytes and not self._is_deaf:
-            self._stop_receiving(self._head_too_large())
+        self._num_received += len(data)
+        self._segment_begins_at = self._num_received - len(data)
+        try:
+            self._parser.feed(data)
+        except ApiError as error:
+            if self._exchanges and not self._exchanges[-1].keep_alive and self._receiving is None:
+                self._is_deaf = True  # what follows a last request is nobody's
+            else:
+                self._stop_receiving(error)
         if not (self._exchanges or self._is_deaf or self._expects is Expects.HEAD):
-            self._let_go()  # empty lines between requests
+            self._let_go(self._num_received)  # empty lines between requests
 
     def eof_received(self) -> bool:
         """A client may shut its sending side and wait for its answer (`nc -N`); one that is gone looks the
@@ -221,7 +241,9 @@ class Connection(asyncio.Protocol):
     # uvicorn's side
 
     def shutdown(self) -> None:
-        """Close once the requests that are here have been answered."""
+        """Close once the requests that are here have been answered. One that is not all here is refused."""
+        if self._receiving is not None:
+            self._stop_receiving(draining())
         if self._exchanges:
             self._exchanges[-1].keep_alive = False
         else:
@@ -229,134 +251,63 @@ class Connection(asyncio.Protocol):
 
     # The parser's side
 
-    def _parse(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            if not self._is_deaf:
-                self._ignore_upgrade(data[upgrade.args[0] :])
-        except httptools.HttpParserError as error:
-            if self._is_deaf:
-                return
-            if self._exchanges and not self._exchanges[-1].keep_alive:
-                self._is_deaf = True  # what follows a last request is nobody's
-            elif self._head_bytes > self._limits.max_header_bytes:
-                self._stop_receiving(self._head_too_large())
-            else:
-                self._stop_receiving(_no_http(error))
-
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """RFC 9110 7.8: whoever does not take an upgrade goes on as if it was not offered. The parser has
-        ended the request at its head, so another one gets the head without the offer, then the rest."""
-        self._is_upgrade = False
-        lines = [
-            b"%b %b HTTP/%b"
-            % (self._parser.get_method(), self._url, self._parser.get_http_version().encode())
-        ]
-        lines += [b"%b: %b" % header for header in self._headers if header[0] != b"upgrade"]
-        self._parser = httptools.HttpRequestParser(self)
-        self._parse(b"\r\n".join([*lines, b"", b""]) + rest)
-
-    def on_message_begin(self) -> None:
-        if self._is_deaf:
-            return
+    def begin_head(self) -> None:
         self._connections.note_idle(self, idle=False)
         self._expect(Expects.HEAD)
-        self._head_bytes = self._untold_bytes = self._body_bytes = 0
-        self._url, self._headers = b"", []
+        self._body_bytes = 0
+        self._begins_at = self._segment_begins_at
 
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        self._url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + HEADER_BYTES)
-        self._headers.append((name.lower(), value))
-
-    def on_headers_complete(self) -> None:
-        if self._is_deaf:
-            return
-        parser, method = self._parser, self._parser.get_method()
-        headers = dict(self._headers)
-        if method == b"CONNECT":
-            self._stop_receiving(
-                ApiError(405, "The method CONNECT is not supported.", code="method_not_allowed")
-            )
-        elif parser.should_upgrade():
-            pass  # see _ignore_upgrade
-        elif headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
-            message = "The only transfer encoding that is supported is chunked."
-            self._stop_receiving(ApiError(501, message, code="unsupported_transfer_encoding"))
-        elif b"transfer-encoding" in headers and parser.get_http_version() == "1.0":
-            self._stop_receiving(ApiError(400, "HTTP/1.0 has no transfer encodings.", code="invalid_http"))
-        elif len(self._exchanges) >= MAX_PIPELINED:
-            self._is_deaf = True
+    def begin_request(self, head: Head) -> None:
+        """Raises ApiError, which the request answers with where it has begun."""
+        if len(self._exchanges) >= MAX_PIPELINED:
             self._exchanges[-1].keep_alive = False
-        else:
-            self._begin(method.decode("ascii"), headers)
+            raise ApiError(429, "Too many requests ahead of their answers.")  # told by closing after the last
+        if not self._has_place and head.path.rstrip(b"/").decode() not in QUIET_PATHS:
+            raise unavailable("Too many open connections.", RETRY_S, "too_many_connections")
+        announced = int(head.value_of(b"content-length") or b"0")
+        keep_alive = head.keep_alive and self._has_place
+        exchange = Exchange(self, self._scope(head), self._begins_at, keep_alive=keep_alive)
+        if head.value_of(b"expect").lower() == b"100-continue" and head.version == "1.1":
+            exchange.expect_continue()
+        self._receiving = exchange
+        self._expect(Expects.BODY)
+        self._exchanges.append(exchange)
+        if len(self._exchanges) == 1:
+            self._run(exchange)
+        if announced > self._limits.max_body_bytes:
+            raise self._body_too_large()
+        if announced and not self._incoming.has_room(self._num_held, announced):
+            raise _no_room()
 
-    def on_body(self, body: bytes) -> None:
-        self._untold_bytes = 0
-        exchange = self._receiving
-        if exchange is None or self._is_deaf:
-            return
-        self._body_bytes += len(body)
-        if exchange.feed(body) > self._limits.max_body_bytes:
-            self._stop_receiving(self._body_too_large())
+    def take_body(self, data: bytes) -> None:
+        assert self._receiving is not None
+        self._body_bytes += len(data)
+        if self._receiving.feed(data) > self._limits.max_body_bytes:
+            raise self._body_too_large()
 
-    def on_message_complete(self) -> None:
-        if self._receiving is None or self._is_deaf:
-            return
+    def end_request(self) -> None:
+        assert self._receiving is not None
         exchange, self._receiving = self._receiving, None
         self._expect(Expects.NEXT_BYTE)
-        self._untold_bytes = 0
         exchange.complete()
-
-    def _count(self, num_bytes: int) -> None:
-        """An exception ends the parsing."""
-        self._untold_bytes = 0
-        self._head_bytes += num_bytes
-        if self._head_bytes > self._limits.max_header_bytes:
-            raise ValueError("the head is too large")
 
     # Requests
 
-    def _begin(self, method: str, headers: dict[bytes, bytes]) -> None:
-        url = httptools.parse_url(self._url)
-        path = (url.path or b"/").decode("ascii")
-        if not self._has_place and path.rstrip("/") not in QUIET_PATHS:
-            self._stop_receiving(unavailable("Too many open connections.", RETRY_S, "too_many_connections"))
-            return
-        announced = int(headers.get(b"content-length", b"0"))
-        keep_alive = self._parser.should_keep_alive() and self._has_place
-        exchange = Exchange(self, self._scope(method, path, url), keep_alive=keep_alive)
-        self._receiving = exchange
-        self._expect(Expects.BODY)
-        if headers.get(b"expect", b"").lower() == b"100-continue" and exchange.scope["http_version"] == "1.1":
-            exchange.expect_continue()
-        self._exchanges.append(exchange)
-        if announced > self._limits.max_body_bytes:
-            self._stop_receiving(self._body_too_large())
-        elif announced and not self._incoming.has_room(self._num_held, announced):
-            self._stop_receiving(_no_room())
-        if len(self._exchanges) == 1:
-            self._run(exchange)
-
-    def _scope(self, method: str, path: str, url: Any) -> dict[str, Any]:
+    def _scope(self, head: Head) -> dict[str, Any]:
         transport = self.transport
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": self._parser.get_http_version(),
+            "http_version": head.version,
             "server": _address(transport.get_extra_info("sockname")),
             "client": _address(transport.get_extra_info("peername")),
             "scheme": "https" if transport.get_extra_info("sslcontext") else "http",
             "root_path": "",
-            "method": method,
-            "path": urllib.parse.unquote(path),
-            "raw_path": url.path or b"/",
-            "query_string": url.query or b"",
-            "headers": self._headers,
+            "method": head.method,
+            "path": urllib.parse.unquote(head.path.decode("ascii")),
+            "raw_path": head.path,
+            "query_string": head.query,
+            "headers": head.headers,
             "state": self._app_state.copy(),
         }
 
@@ -367,6 +318,7 @@ class Connection(asyncio.Protocol):
 
     def answered(self, exchange: Exchange) -> None:
         """The last byte of its answer is written."""
+        self.let_go()
         self._exchanges.popleft()
         self._server_state.total_requests += 1
         if self.transport.is_closing():
@@ -380,19 +332,21 @@ class Connection(asyncio.Protocol):
         elif self._is_deaf:
             self.close()
         elif self._expects is Expects.NEXT_BYTE:
-            self._let_go()
             self._expect(Expects.NEXT_BYTE)
             self._connections.note_idle(self, idle=True)
 
     def let_go(self) -> None:
-        """What the request in hand was sent in is no longer needed. With others behind it, it counts until
-        they are done."""
-        if len(self._exchanges) == 1 and self._expects is Expects.NEXT_BYTE:
-            self._let_go()
+        """What the request in hand was sent in is no longer needed: all that came before the next."""
+        if len(self._exchanges) > 1:
+            self._let_go(self._exchanges[1].begins_at)
+        else:
+            is_whole = self._expects is Expects.NEXT_BYTE or self._receiving is not None
+            self._let_go(self._num_received if is_whole else self._begins_at)
 
-    def _let_go(self) -> None:
-        self._incoming.give_back(self._num_held)
-        self._num_held = 0
+    def _let_go(self, until: int) -> None:
+        until = max(until, self._num_let_go)  # when the connection is lost all goes, and exchanges go on
+        self._incoming.give_back(until - self._num_let_go)
+        self._num_let_go = until
 
     # Time
 
@@ -450,7 +404,7 @@ class Connection(asyncio.Protocol):
         if self._receiving is not None:
             self._receiving.refuse(error)
             if len(self._exchanges) == 1:
-                self._let_go()
+                self.let_go()
         elif self._exchanges:
             self._last_words = error
         else:
@@ -467,17 +421,24 @@ class Connection(asyncio.Protocol):
         self._is_deaf = True
         self._connections.note_idle(self, idle=False)
         if self._expects is Expects.NEXT_BYTE or self._expects is Expects.FIRST_BYTE:
-            self.transport.close()
+            self._hang_up()
             return
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.loop.call_later(LINGER_S, self.transport.close)
+        if self.is_read and self.transport.can_write_eof():
+            with suppress(OSError):  # it is gone
+                self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self._hang_up)
+
+    def _hang_up(self) -> None:
+        """TLS waits for the client's farewell, which need not come."""
+        self.transport.close()
+        if self.is_read and self.transport is not self._socket:
+            self.loop.call_later(LINGER_S, self._socket.close)
 
     def give_way(self) -> None:
         """Close at once. Whatever the client has not read of an earlier answer is still sent, if the kernel
         has it."""
         if self.is_read:
-            self.transport.close()
+            self._hang_up()
         else:
             self.abort()
 
@@ -489,10 +450,6 @@ class Connection(asyncio.Protocol):
             )
         self.transport.abort()
 
-    def _head_too_large(self) -> ApiError:
-        message = f"The request line and headers are larger than {self._limits.max_header_bytes} bytes."
-        return ApiError(431, message, code="headers_too_large")
-
     def _body_too_large(self) -> ApiError:
         message = f"The body is larger than {self._limits.max_body_bytes} bytes."
         return ApiError(413, message, code="body_too_large")
@@ -500,12 +457,6 @@ class Connection(asyncio.Protocol):
 
 def _no_room() -> ApiError:
     return unavailable("The server holds as many bytes of requests as it may.", RETRY_S, "buffers_full")
-
-
-def _no_http(error: httptools.HttpParserError) -> ApiError:
-    if "PRI" in str(error) or "version" in str(error):
-        return ApiError(505, "The only protocol that is served is HTTP/1.", code="http_version_not_supported")
-    return ApiError(400, f"This is not valid HTTP: {error}.", code="invalid_http")
 
 
 def _answer(error: ApiError) -> bytes:

@@ -49,8 +49,10 @@ class Connections:
         if not self._is_sweeping:
             self._is_sweeping = True
             connection.loop.call_later(self._sweep_s, self._sweep, connection.loop)
-        if len(self._placed) >= self.limits.max_connections and self._idle:
-            self._evict(next(iter(self._idle)))
+        if len(self._placed) >= self.limits.max_connections:
+            idle = next((other for other in self._idle if other.is_read), None)
+            if idle is not None:
+                self._evict(idle)
         if len(self._placed) < self.limits.max_connections:
             self._placed.add(connection)
             return True

@@ -78,8 +78,8 @@ def unavailable(message: str, retry_after_s: int, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers={"retry-after": str(retry_after_s)})
 
 
+# Never raised: an exception that is raised again and again keeps the frames of every time.
 INTERNAL = ApiError(500, "The server had an error while processing the request.", code="internal_error")
-DEADLINE = ApiError(504, "The request's deadline passed before its first token.", code="deadline_exceeded")
 
 
 class _ErrorResponse(Response):

@@ -29,8 +29,9 @@ EXTENSION = "octavo"  # of ASGI: the exchange itself
 
 
 class Exchange:
-    def __init__(self, connection: Connection, scope: Scope, *, keep_alive: bool) -> None:
+    def __init__(self, connection: Connection, scope: Scope, begins_at: int, *, keep_alive: bool) -> None:
         self.scope = scope
+        self.begins_at = begins_at  # in the connection's bytes
         scope["extensions"] = {EXTENSION: self}
         self.keep_alive = keep_alive
         self.is_received = False  # the whole body is here

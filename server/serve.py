@@ -54,6 +54,11 @@ class HttpServer(uvicorn.Server):
         app, state = self.config.loaded_app, dict(self.lifespan.state)
         return Connection(self.connections, app, self.server_state, state)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves it to be cancelled, with a traceback
+            await self.lifespan.shutdown()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

@@ -209,10 +209,14 @@ class Service:
         except BaseException:
             ticket.close()
             raise
-        ticket.charge(sum(len(prompt.ids) for prompt in prompts))
         self._active.add(generation)
-        generation.start()
-        self._log_prompts(job, prompts)
+        try:
+            ticket.charge(sum(len(prompt.ids) for prompt in prompts))
+            generation.start()
+            self._log_prompts(job, prompts)
+        except BaseException:
+            self.release(generation)
+            raise
         return generation
 
     def _reserve(self, job: Job) -> Ticket:

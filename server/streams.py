@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from scheduler.types import FinishReason
 from server.detokenizer import IncrementalDetokenizer
-from server.errors import DEADLINE, ApiError
+from server.errors import ApiError
 from server.refusals import Refusal, engine_error
 from server.stops import StopMatcher
 
@@ -33,11 +33,6 @@ if TYPE_CHECKING:
 MAX_READ_TOKENS = 256  # of a choice at once: a few milliseconds, with 20 alternatives each
 # Of what is held per token, per alternative of its log-probabilities; measured, see the test
 TOKEN_BYTES, LOGPROBS_BYTES, ALTERNATIVE_BYTES = 128, 256, 120
-TOO_MUCH_OUTPUT = ApiError(
-    503,
-    "The server holds as much unsent output as it may, and most of it is this one's.",
-    code="buffers_full",
-)
 
 
 def _nothing() -> None: ...
@@ -297,7 +292,8 @@ class Generation:
         self._news.set()
 
     def _end_for_room(self) -> None:
-        self.fail(TOO_MUCH_OUTPUT)
+        message = "The server holds as much unsent output as it may, and most of it is this one's."
+        self.fail(ApiError(503, message, code="buffers_full"))
         self.when_too_much()
 
     async def deltas(self, silence_s: float = 0.0, *, keep: bool = False) -> AsyncIterator[list[Delta]]:
@@ -313,7 +309,8 @@ class Generation:
                 raise self._failure
             deltas = self._read()
             if not self._unfinished and self._is_too_late():
-                raise DEADLINE
+                message = "The request's deadline passed before its first token."
+                raise ApiError(504, message, code="deadline_exceeded")
             if deltas or silent:
                 yield deltas
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
@@ -15,7 +16,7 @@ from server.errors import invalid
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.openapi import described
 from server.routes.bodies import read_body
-from server.routes.generation import answer, chunk_usage, name_ignored, stream, tenant_of
+from server.routes.generation import chunk_usage, name_ignored, respond, tenant_of
 from server.service import Job, Service, new_id
 from server.wire.body import parse_body
 from server.wire.requests import ChatRequest
@@ -51,11 +52,8 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(request: Request) -> Response:
         body = await read_body(request, service, parse)
         headers = name_ignored(request, service, body)
-        generation = await service.generate(_job(service, tenant_of(request, body), body))
-        view = ChatView(service, body, generation)
-        if body.stream:
-            return stream(request, service, generation, view.chunks_of, view.last, headers)
-        return await answer(request, service, generation, view.whole, headers)
+        job = _job(service, tenant_of(request, body), body)
+        return await respond(request, service, job, partial(ChatView, service, body), headers)
 
     return router
 

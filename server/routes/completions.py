@@ -18,7 +18,7 @@ from server.logprobs import joined, legacy_logprobs, prompt_logprobs
 from server.openapi import described
 from server.prompt_reader import split_prompts
 from server.routes.bodies import read_body
-from server.routes.generation import answer, chunk_usage, name_ignored, stream, tenant_of
+from server.routes.generation import chunk_usage, name_ignored, respond, tenant_of
 from server.service import Job, Service, new_id
 from server.streams import Delta, Generation, Piece
 from server.wire.body import parse_body
@@ -48,11 +48,9 @@ def completions_router(service: Service) -> APIRouter:
         body, raw = await read_body(request, service, parse)
         headers = name_ignored(request, service, body)
         prompts: list[Prompt] = []
-        generation = await service.generate(_job(tenant_of(request, body), body, raw, prompts))
-        view = CompletionView(service, body, generation, prompts)
-        if body.stream:
-            return stream(request, service, generation, view.chunks_of, view.last, headers)
-        return await answer(request, service, generation, view.whole, headers)
+        job = _job(tenant_of(request, body), body, raw, prompts)
+        view_of = partial(CompletionView, service, body, prompts)
+        return await respond(request, service, job, view_of, headers)
 
     return router
 
@@ -108,8 +106,8 @@ class CompletionView:
 
     service: Service
     body: CompletionRequest
-    generation: Generation
     prompts: list[Prompt]
+    generation: Generation
     id: str = ""
     created_s: int = 0
     echoes: dict[int, str] = field(default_factory=dict)  # by prompt, so that n choices decode it once

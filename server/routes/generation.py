@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Protocol
 
 from starlette.responses import Response
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
-    from server.service import Service
+    from server.service import Job, Service
     from server.streams import Delta, Generation
     from server.wire.fields import GenerationFields
     from server.wire.responses import Usage
@@ -59,53 +60,64 @@ def chunk_usage(body: GenerationFields, generation: Generation) -> dict[str, Usa
     return {"usage": usage_of(generation) if options.continuous_usage_stats else None}
 
 
-async def answer(
+class View(Protocol):
+    """How a route shows a generation: as chunks of a stream and what ends them, or as a whole."""
+
+    def chunks_of(self, delta: Delta) -> Iterable[object]: ...
+
+    def last(self) -> Iterable[object]: ...
+
+    def whole(self, folded: list[Delta]) -> object: ...
+
+
+async def respond(
     request: Request,
     service: Service,
-    generation: Generation,
-    whole: Callable[[list[Delta]], object],
+    job: Job,
+    view_of: Callable[[Generation], View],
     headers: dict[str, str],
+) -> Response:
+    """Have it computed; whatever happens from there on, it is finished."""
+    generation = await service.generate(job)
+    with ExitStack() as cleanup:
+        cleanup.callback(_finish, request, service, generation)
+        exchange_of(request.scope).accept()
+        view = view_of(generation)
+        if not job.body.stream:
+            return await _answer(request, service, generation, view, headers)
+        stream = EventStream(
+            generation,
+            view.chunks_of,
+            view.last,
+            release=lambda: _finish(request, service, generation),
+            keep_alive_s=service.config.server.sse_keep_alive_s,
+            headers=headers | _limits(service, generation),
+        )
+        cleanup.pop_all()  # from here on it is the stream's
+        return stream
+
+
+async def _answer(
+    request: Request, service: Service, generation: Generation, view: View, headers: dict[str, str]
 ) -> Response:
     """Wait for the end, or for the client to leave. A large answer is put together in a worker thread."""
-    exchange_of(request.scope).accept()
     try:
         folded = await unless_client_leaves(request.receive, collect(generation))
-        num_tokens = generation.num_output_tokens + sum(map(len, generation.prompt_logprobs))
-        if num_tokens <= MAX_LOOP_ANSWER_TOKENS:
-            return json_response(whole(folded), headers | _limits(service, generation))
-        response = await service.threads.run(lambda: json_response(whole(folded), headers))
-        response.headers.update(_limits(service, generation))
-        return response
     except ClientLeft:
         return CLIENT_LEFT
-    finally:
-        finish(request, service, generation)
-
-
-def stream(
-    request: Request,
-    service: Service,
-    generation: Generation,
-    chunks_of: Callable[[Delta], Iterable[object]],
-    last: Callable[[], Iterable[object]],
-    headers: dict[str, str],
-) -> Response:
-    exchange_of(request.scope).accept()
-    return EventStream(
-        generation,
-        chunks_of,
-        last,
-        release=lambda: finish(request, service, generation),
-        keep_alive_s=service.config.server.sse_keep_alive_s,
-        headers=headers | _limits(service, generation),
-    )
+    num_tokens = generation.num_output_tokens + sum(map(len, generation.prompt_logprobs))
+    if num_tokens <= MAX_LOOP_ANSWER_TOKENS:
+        return json_response(view.whole(folded), headers | _limits(service, generation))
+    response = await service.threads.run(lambda: json_response(view.whole(folded), headers))
+    response.headers.update(_limits(service, generation))
+    return response
 
 
 def _limits(service: Service, generation: Generation) -> dict[str, str]:
     return service.admission.tenants.headers(generation.requests[0].tenant)
 
 
-def finish(request: Request, service: Service, generation: Generation) -> None:
+def _finish(request: Request, service: Service, generation: Generation) -> None:
     """Free everything, and say in the request's log line what it was."""
     service.release(generation)
     call_of(request).fields |= {

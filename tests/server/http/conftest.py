@@ -108,6 +108,7 @@ def make_service(
         name=MODEL,
         bos_token_id=None,
         special_tokens={"bos_token": "<bos>", "eos_token": "<eos>"},
+        generation_problem=None,
         transformer=SimpleNamespace(max_positions=engine.max_model_len),
     )
     defaults = GenerationDefaults(eos_token_ids=(EOS,))

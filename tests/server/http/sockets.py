@@ -91,6 +91,13 @@ def _body(headers: dict[str, str], rest: bytes) -> tuple[bytes, bytes]:
     return body, rest
 
 
+def text_of(stream: str | bytes) -> str:
+    """Of a streamed completion."""
+    events = stream.encode() if isinstance(stream, str) else stream
+    chunks = [json.loads(line[6:]) for line in events.split(b"\n\n") if line.startswith(b"data: {")]
+    return "".join(chunk["choices"][0]["text"] for chunk in chunks)
+
+
 def send(server: Running, *pieces: bytes, gap_s: float = 0.0, shut: bool = False) -> list[Answer]:
     """Send the pieces -> the answers until the server closes. `shut`: the sending side, after the last."""
     with connect(server) as client:

@@ -108,6 +108,43 @@ def test_a_body_counts_until_its_request_is_accepted_and_no_longer() -> None:
         assert answers_in(read_all(client))[0].status == 200
 
 
+def test_a_pipeline_counts_for_what_is_not_answered_yet() -> None:
+    """As long as the next head had begun nothing was given back: one connection could use up all."""
+    big = head("/live", "X: " + "y" * 20_000, method="GET")
+    with running(max_buffered_bytes=512 * KIB) as server, connect(server) as client:
+        client.sendall(big[:100])
+        for _ in range(20):
+            client.sendall(big[100:] + big[:100])
+            assert b"alive" in client.recv(65536)
+            assert held(server)[0] < 3 * len(big)
+    within(5, lambda: held(server) == (0, 0))
+
+
+def test_a_pipeline_that_never_pauses_counts_for_what_is_not_accepted_yet() -> None:
+    request = post(PATH, {"prompt": "x" * 10_000, "max_tokens": 20})
+    with running(FakeEngine(step_s=0.01, max_model_len=50_000)) as server, connect(server) as client:
+        client.sendall(request)
+        for _ in range(10):
+            client.sendall(request)
+            received = b""
+            while b'"usage"' not in received:
+                received += client.recv(65536)
+            assert held(server)[0] <= 3 * len(request)
+    within(5, lambda: held(server) == (0, 0))
+
+
+def test_who_finds_no_room_for_its_first_bytes_reads_why() -> None:
+    with running(max_buffered_bytes=512 * KIB, max_body_bytes=250 * KIB) as server, ExitStack() as stack:
+        stack.enter_context(half_sent(server, 240 * KIB, f"Content-Length: {250 * KIB}"))
+        within(5, lambda: held(server)[0] >= 240 * KIB)
+        client = stack.enter_context(connect(server))
+        for piece in (post(PATH, {"prompt": "x" * 200 * KIB}), b"more", b"more"):
+            client.sendall(piece)  # raises once the connection is reset, which takes the answer with it
+            time.sleep(0.05)
+        [answer] = answers_in(read_all(client))
+        assert (answer.status, answer.code) == (503, "buffers_full")
+
+
 # What leaves
 
 LONG = {"prompt": "x", "max_tokens": 20_000, "logprobs": 5}
@@ -242,6 +279,20 @@ def test_a_client_that_leaves_while_it_sends_is_499_without_a_traceback(
     assert not [record for record in records if record.exc_info or record.levelname == "ERROR"]
     lines = [record for record in records if getattr(record, "fields", {}).get("status") == 499]
     assert [record.levelname for record in lines] == ["INFO"]
+
+
+def test_a_client_that_is_gone_when_its_refusal_ends_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """To shut a socket that is no longer connected raises, and was a 500 with a traceback."""
+    with running() as server:
+        for number in range(150):
+            with connect(server) as client:
+                client.sendall(head("/nowhere", "Content-Length: 100") + b"{")
+                time.sleep(number % 10 * 0.0002)
+                if number % 2:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert send(server, LAST_LIVE)[0].status == 200
+        assert not any('status="500"' in name for name in server.metrics())
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 class HeldTokenizer(ByteTokenizer):

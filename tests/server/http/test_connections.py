@@ -6,10 +6,15 @@ import json
 import socket
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from server import connections
+from server.buffers import Buffers
+from server.config import ServerConfig
+from server.metrics import Metrics
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
 from tests.server.http.sockets import (
@@ -122,6 +127,29 @@ def test_an_idle_connection_makes_room_and_the_longest_idle_first() -> None:
         assert first.recv(100) == b""  # closed, and not reset
         second.sendall(LIVE)
         assert answers_in(second.recv(65536))[0].status == 200
+
+
+def test_an_answer_that_is_still_being_read_is_not_cut_for_others() -> None:
+    class Reader:
+        """A connection, as far as its place goes."""
+
+        def __init__(self, *, is_read: bool) -> None:
+            self.is_read, self.ended = is_read, False
+            self.loop = SimpleNamespace(call_later=lambda *_: None)
+
+        def give_way(self) -> None:
+            self.ended = True
+
+    config = ServerConfig(max_connections=2)
+    places: Any = connections.Connections(config, Buffers(2**20), Metrics("m"), None)
+    slow, fast = Reader(is_read=False), Reader(is_read=True)
+    for reader in (slow, fast):
+        assert places.enter(reader)
+        places.note_idle(reader, idle=True)
+    assert places.enter(Reader(is_read=True))
+    assert (slow.ended, fast.ended) == (False, True)
+    assert not places.enter(Reader(is_read=True))
+    assert not slow.ended
 
 
 def test_connections_that_do_something_are_never_closed_for_others() -> None:

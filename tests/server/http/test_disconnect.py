@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import time
@@ -13,6 +14,8 @@ import pytest
 from engine.messages import SequenceOutput
 from scheduler.types import FinishReason
 from server.metrics import Metrics
+from server.routes.completions import CompletionView
+from server.streams import Generation
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
 
@@ -130,6 +133,21 @@ def test_a_streamed_deadline_is_504_before_the_first_token_and_a_reason_after() 
         assert json.loads(late.text.split("\n\n")[-3][6:])["error"]["code"] == "deadline_exceeded"
 
 
+def test_requests_that_end_in_an_error_are_freed() -> None:
+    """One exception for all of them kept the frames of each, and so all that a request holds."""
+
+    def num_generations() -> int:
+        gc.collect()
+        return sum(isinstance(each, Generation) for each in gc.get_objects())
+
+    body = {"prompt": "x", "timeout_s": 0.05, "stream": True}
+    with running(FakeEngine(stuck=True), sse_keep_alive_s=0.005) as server:
+        before = num_generations()
+        for _ in range(5):
+            assert "deadline_exceeded" in server.post("/v1/completions", body).text
+        within(5, lambda: num_generations() <= before + 1)  # the last may be on its way
+
+
 @dataclass
 class Broken(FakeEngine):
     """Fails every sequence after some tokens."""
@@ -156,6 +174,29 @@ def test_engine_error_is_500_or_an_event() -> None:
         assert server.service.admission.in_flight == 0
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("place", ["start", "log", "view"])
+def test_a_fault_after_admission_leaves_nothing(
+    place: str, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between admission and the answer nobody was there to free the pages."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("a bug")
+
+    with running(FakeEngine(stuck=True)) as server:
+        holder, name = {
+            "start": (server.service.metrics, "begin"),
+            "log": (server.service, "_log_prompts"),
+            "view": (CompletionView, "__post_init__"),
+        }[place]
+        monkeypatch.setattr(holder, name, fail)
+        answer = server.post("/v1/completions", {"prompt": "x", "stream": stream})
+        assert answer.status_code == 500
+        within(5, lambda: not (server.engine.live or server.service._active))
+        assert server.service.admission.in_flight == 0
+
+
 def test_per_token_cost_of_the_server_is_small() -> None:
     """Well below 100 µs a token, detokenising, encoding and metrics included."""
     import asyncio
@@ -165,7 +206,7 @@ def test_per_token_cost_of_the_server_is_small() -> None:
     from server.buffers import Buffers
     from server.delivery import event
     from server.routes.chat import ChatView
-    from server.streams import Generation, TextOptions
+    from server.streams import TextOptions
     from server.wire.requests import ChatRequest
     from tests.server.byte_tokenizer import ByteTokenizer
     from tests.server.http.conftest import make_service

@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import time
 from contextlib import ExitStack, suppress
@@ -20,7 +21,7 @@ from server.config import ServerConfig
 from server.listener import TlsError, bind_unix, is_loopback, tls_context, url_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import running
-from tests.server.http.sockets import LAST_LIVE, many_files
+from tests.server.http.sockets import LAST_LIVE, LIVE, many_files, text_of
 from tests.server.http.test_disconnect import within
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
@@ -67,7 +68,7 @@ def test_requests_and_streams_over_tls(files: Path, names: dict[str, str], passw
         assert client.get("/live").status_code == 200
         for _ in range(2):
             text = client.post("/v1/completions", json=STREAM).text
-            assert text.count('"text":') == 40
+            assert len(text_of(text)) == 40
             assert text.endswith("data: [DONE]\n\n")
         long = {"prompt": "x" * 200, "max_tokens": 3, "metadata": {"x": "y" * 500_000}}
         assert client.post("/v1/completions", json=long).status_code == 200
@@ -115,6 +116,51 @@ def test_handshakes_that_do_not_end_are_connections_like_others(files: Path) -> 
             assert client.get("/live").status_code == 200
         with httpx.Client(base_url=server.url, verify=context) as client:
             assert client.post("/v1/completions", json=STREAM).status_code == 503
+
+
+@needs_openssl
+def test_handshakes_that_are_reset_leave_nothing(files: Path) -> None:
+    """asyncio tells nobody of them, and each took a place for ever."""
+    names = tls(files, certfile="cert.pem", keyfile="key.pem")
+    with running(max_connections=5, **names) as server:  # type: ignore[arg-type]
+        host, port = server.url.removeprefix("https://").split(":")
+        for _ in range(20):
+            with socket.create_connection((host, int(port)), timeout=10) as raw:
+                raw.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")  # of a greeting
+                time.sleep(0.01)
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        context = ssl._create_unverified_context()
+        with httpx.Client(base_url=server.url, verify=context, timeout=10) as client:
+            assert client.post("/v1/completions", json=STREAM).status_code == 200
+
+
+@needs_openssl
+def test_a_handshake_that_takes_too_long_gives_its_place_back(files: Path) -> None:
+    names = tls(files, certfile="cert.pem", keyfile="key.pem")
+    with running(max_connections=1, head_timeout_s=0.5, **names) as server:  # type: ignore[arg-type]
+        host, port = server.url.removeprefix("https://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as silent:
+            assert silent.recv(100) == b""
+        context = ssl._create_unverified_context()
+        with httpx.Client(base_url=server.url, verify=context, timeout=10) as client:
+            assert client.post("/v1/completions", json=STREAM).status_code == 200
+
+
+@needs_openssl
+@pytest.mark.parametrize("request_sent", [b"", LAST_LIVE, LIVE])
+def test_tls_does_not_wait_for_a_farewell(files: Path, request_sent: bytes) -> None:
+    """For 30 s such a connection was open, and held up the stop of the server."""
+    names = tls(files, certfile="cert.pem", keyfile="key.pem")
+    with running(head_timeout_s=0.5, keep_alive_timeout_s=0.5, **names) as server:  # type: ignore[arg-type]
+        host, port = server.url.removeprefix("https://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as raw:
+            under = raw.dup()
+            with under, ssl._create_unverified_context().wrap_socket(raw) as client:
+                client.sendall(request_sent)
+                while client.recv(65536):
+                    pass
+                under.settimeout(10)
+                assert under.recv(100) == b""
 
 
 @needs_openssl

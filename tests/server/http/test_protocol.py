@@ -14,7 +14,17 @@ import pytest
 
 from tests.server.fake_engine import FakeEngine
 from tests.server.http.conftest import Running, running
-from tests.server.http.sockets import LAST_LIVE, LIVE, answers_in, connect, head, post, read_all, send
+from tests.server.http.sockets import (
+    LAST_LIVE,
+    LIVE,
+    answers_in,
+    connect,
+    head,
+    post,
+    read_all,
+    send,
+    text_of,
+)
 
 PATH = "/v1/completions"
 BODY = {"prompt": "x", "max_tokens": 3}
@@ -120,6 +130,7 @@ AMBIGUOUS = {
     "identity": b"Transfer-Encoding: identity\r\n",
     "chunked, then gzip": b"Transfer-Encoding: chunked, gzip\r\n",
     "gzip, then chunked": b"Transfer-Encoding: gzip, chunked\r\n",
+    "gzip and chunked in lines of their own": b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n",
     "chunked twice": b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
     "chunked with a parameter": b"Transfer-Encoding: chunked;x=1\r\n",
 }
@@ -135,6 +146,7 @@ def test_ambiguous_framing_is_refused_and_ends_the_connection(server: Running, l
     assert answers[0].code in ("invalid_http", "unsupported_transfer_encoding")
 
 
+@pytest.mark.parametrize("last", [(), (CLOSE,)], ids=["kept", "closed"])
 @pytest.mark.parametrize(
     "chunks",
     [
@@ -146,11 +158,31 @@ def test_ambiguous_framing_is_refused_and_ends_the_connection(server: Running, l
         b"\r\n",
     ],
 )
-def test_a_bad_chunk_is_refused_by_the_request_it_belongs_to(server: Running, chunks: bytes) -> None:
-    answers = send(server, head(PATH, "Transfer-Encoding: chunked") + chunks + SMUGGLED)
+def test_a_bad_chunk_is_refused_by_the_request_it_belongs_to(
+    server: Running, chunks: bytes, last: tuple[str, ...]
+) -> None:
+    """Also where nothing may follow it, which once left the client without an answer for ever."""
+    answers = send(server, head(PATH, "Transfer-Encoding: chunked", *last) + chunks + SMUGGLED)
     assert [(answer.status, answer.code) for answer in answers] == [(400, "invalid_http")]
     paths = [name for name in server.metrics() if 'handler="/nowhere"' in name]
     assert not paths
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_trailers_are_no_headers(apart: bool) -> None:
+    """A key in a trailer once opened the server: no proxy before it looks there."""
+    with running(api_keys=("key",)) as server:
+        begin = head("/v1/models", "Transfer-Encoding: chunked", CLOSE, method="GET") + b"0\r\n"
+        trailers = b"Authorization: Bearer key\r\nX-Request-Id: mine\r\n\r\n"
+        [answer] = send(server, *([begin, trailers] if apart else [begin + trailers]))
+        assert (answer.status, answer.code) == (401, "invalid_api_key")
+        assert answer.headers["x-request-id"] != "mine"
+
+
+@pytest.mark.parametrize("version", ["0.9", "1.2", "2.0", "3.0"])
+def test_other_versions_are_refused(server: Running, version: str) -> None:
+    [answer] = send(server, head("/live", "Connection: close", method="GET", version=version))
+    assert (answer.status, answer.code) == (505, "http_version_not_supported")
 
 
 def test_a_length_beyond_all_is_413(server: Running) -> None:
@@ -258,7 +290,7 @@ def test_a_half_closer_gets_its_whole_answer(stream: bool, version: str) -> None
         [answer] = send(server, request, shut=True)
         assert answer.status == 200
         if stream:
-            assert answer.body.count(b'"text":') == 20
+            assert len(text_of(answer.body)) == 20
             assert answer.body.endswith(b"data: [DONE]\n\n")
         else:
             assert len(answer.text) == 20

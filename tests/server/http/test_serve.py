@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+
+from tests.server.http.sockets import answers_in, head, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -153,6 +156,24 @@ def test_second_signal_does_not_wait() -> None:
         server.next_event("draining")
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(10) == 1
+        assert server.popen.stderr is not None
+        assert "Traceback" not in server.popen.stderr.read()
+
+
+def test_a_body_that_is_not_all_here_is_refused_and_holds_up_no_stop() -> None:
+    with process() as server:
+        url = str(server.next_event("listening")["url"])
+        server.next_event("ready")
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(head("/v1/completions", "Content-Length: 100") + b"{")
+            assert httpx.get(f"{url}/live").status_code == 200  # so it has arrived
+            server.popen.send_signal(signal.SIGTERM)
+            [answer] = answers_in(read_all(client))
+        assert (answer.status, answer.code) == (503, "draining")
+        assert server.popen.wait(10) == 0
+        assert server.popen.stderr is not None
+        assert "error" not in server.popen.stderr.read()
 
 
 def test_an_engine_that_gives_up_while_draining_is_status_1() -> None:
