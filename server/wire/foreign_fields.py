@@ -70,7 +70,8 @@ _DELIVERY_AND_FIGURES = """
     stream_interval sse_ping_interval return_progress timings_per_token return_cached_tokens_details
     return_mm_kwargs verbose
 """
-# Each means something beside another field alone, which is refused where it asks for anything.
+# Each means something beside another field alone, which is refused where it asks for anything; the spaces
+# between special tokens, beside slow tokenisers, which are not here.
 _COMPANIONS = """
     guided_decoding_backend guided_decoding_disable_fallback guided_decoding_disable_any_whitespace
     guided_decoding_disable_additional_properties guided_whitespace_pattern truncation_side n_keep n_discard
@@ -169,7 +170,7 @@ _REFUSED = {
     **_all("the field is bad_words.", custom_token_bans=("",), banned_tokens=([],), banned_strings=([],)),
     **_all("the field is timeout_s.", t_max_predict_ms=(-1, 0), t_max_prompt_ms=(-1, 0), max_time=()),
     **_all("the field is cache_salt.", extra_key=("",)),
-    **_all("the field is add_special_tokens.", add_bos_token=()),
+    **_all("the field is add_special_tokens.", add_bos_token=(True,)),
     **_all(
         "a prompt is not cut; the sizes are in the error where one is too long, and /tokenize counts.",
         truncate_prompt_tokens=(),
