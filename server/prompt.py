@@ -126,6 +126,8 @@ class ChatTemplate:
     ) -> tuple[str, list[int]]:
         """The prompt's text and ids. Special tokens come from the template alone: the same characters
         in a message are plain text. Raises as `render` does."""
+        if options.get("documents") and "documents" not in self.source:
+            raise TemplateError("it shows none")
         free = self._free_characters(messages, options)
         mask = SpecialTextMask(tokenizer.special_texts, free)
         masked = cast("RenderOptions", {name: mask.apply(value) for name, value in options.items()})

@@ -41,12 +41,6 @@ def check_limits(body: GenerationFields, limits: ServerConfig, vocab_size: int) 
     _check_contradictions(body)
 
 
-def check_max_tokens(body: GenerationFields, max_tokens: int | None, param: str) -> None:
-    if max_tokens is not None and body.min_tokens is not None and body.min_tokens > max_tokens:
-        message = f"min_tokens ({body.min_tokens}) is larger than {param} ({max_tokens})."
-        raise invalid(message, "min_tokens")
-
-
 def base_sampling(
     body: GenerationFields,
     defaults: GenerationDefaults,
@@ -97,6 +91,12 @@ def fit_max_tokens(
     if requested > room:
         raise context_exceeded(prompt_len, requested, max_model_len, param)
     return requested
+
+
+def check_min_tokens(min_tokens: int, max_tokens: int, param: str) -> None:
+    """`max_tokens` may be a default."""
+    if min_tokens > max_tokens:
+        raise invalid(f"min_tokens ({min_tokens}) is larger than {param} ({max_tokens}).", "min_tokens")
 
 
 def _or(value: float | None, default: float) -> float:

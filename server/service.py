@@ -27,7 +27,7 @@ from server.refusals import Refusal, draining
 from server.sampling import (
     base_sampling,
     check_limits,
-    check_max_tokens,
+    check_min_tokens,
     fit_max_tokens,
     seed_of_prompt,
 )
@@ -188,7 +188,6 @@ class Service:
 
     async def generate(self, job: Job) -> Generation:
         """Admit, tokenise and submit. The caller must `release` what it gets. Raises ApiError."""
-        check_max_tokens(job.body, job.max_tokens, job.max_tokens_param)
         arrival_s = time.monotonic()
         ticket = self._reserve(job)
         try:
@@ -257,16 +256,12 @@ class Service:
                 self.max_model_len,
                 job.max_tokens_param,
             )
+            check_min_tokens(sampling.min_tokens, max_tokens, job.max_tokens_param)
             requests.append(
                 Request(
                     request_id=f"{job.id}-{number}",
                     prompt_ids=prompt.ids,
-                    sampling=replace(
-                        sampling,
-                        seed=seed_of_prompt(body),
-                        max_tokens=max_tokens,
-                        min_tokens=min(sampling.min_tokens, max_tokens),
-                    ),
+                    sampling=replace(sampling, seed=seed_of_prompt(body), max_tokens=max_tokens),
                     num_choices=job.num_choices,
                     arrival_s=arrival_s,
                     deadline_s=self._deadline_s(arrival_s, body.timeout_s),

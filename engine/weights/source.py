@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -11,7 +12,7 @@ from engine.weights.errors import CheckpointError
 from engine.weights.mapped import MappedFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from engine.weights.safetensors import Shape, StoredTensor
 
@@ -80,7 +81,7 @@ class WeightSource:
         (mine,), (theirs,) = one.parts, other.parts
         if (mine.dtype, mine.num_bytes, one.widen) != (theirs.dtype, theirs.num_bytes, other.widen):
             return False
-        with self:
+        with self._opened(first, second):
             one_raw, other_raw = (
                 self._files.view(part).view(-1).view(torch.uint8) for part in (mine, theirs)
             )
@@ -94,9 +95,20 @@ class WeightSource:
     def is_zero(self, name: str) -> bool:
         """Whether it holds zeros only. Only files that are closed can be asked."""
         out = torch.empty(self.shape(name), dtype=torch.float32)
-        with self:
+        with self._opened(name):
             self.read_into(name, out)
         return not out.any()
+
+    @contextmanager
+    def _opened(self, *names: str) -> Iterator[None]:
+        """Their files alone: thousands of biases may be looked at, each with the whole model's files open."""
+        self._files.open(part for name in names for part in self.recipe(name).parts)
+        try:
+            yield
+        except BaseException:
+            self._files.finish(failed=True)
+            raise
+        self._files.finish(failed=False)
 
     def empty(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What `read_into` fills fastest: of the tensor's shape, not always contiguous."""

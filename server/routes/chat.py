@@ -59,7 +59,7 @@ def chat_router(service: Service) -> APIRouter:
 
 
 def _check(body: ChatRequest, limits: ServerConfig) -> None:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
     if body.top_logprobs is not None and body.top_logprobs > limits.max_logprobs:
         message = f"top_logprobs is {body.top_logprobs}; at most {limits.max_logprobs} is taken."

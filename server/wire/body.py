@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 MAX_PARAM_CHARS = 200
-HINT_LIKENESS = 0.7  # how much of a misspelt name must be right for a hint
+HINT_LIKENESS = 0.8  # how much of a misspelt name must be right for a hint
 
 
 class WireModel(BaseModel):
@@ -165,4 +165,5 @@ def _from_validation(error: ValidationError) -> ApiError:
     path = (*first["loc"], *([about["field"]] if about else ()))
     param = ".".join(str(part) for part in path)[:MAX_PARAM_CHARS]
     code = about.get("code") or ("missing_field" if first["type"] == "missing" else "invalid_value")
-    return invalid(str(first["msg"]).removeprefix("Value error, "), param or None, code)
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return invalid(f"{param}: {message}" if about else message, param or None, code)

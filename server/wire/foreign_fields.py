@@ -25,11 +25,13 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
     def asks_nothing(self, value: Any) -> bool:
+        if isinstance(value, dict):  # clients send all that they know of, most of it null
+            value = {name: item for name, item in value.items() if item is not None}
         return value is None or any(_same(value, neutral) for neutral in self.neutral)
 
     def __str__(self) -> str:
         taken = " or ".join(json.dumps(value) for value in self.neutral)
-        return f"{self.reason} Only {taken} is taken." if taken else self.reason
+        return f"{self.reason} Leave it out, or send {taken}." if taken else self.reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ _DELIVERY_AND_FIGURES = """
     stream_interval sse_ping_interval return_progress timings_per_token return_cached_tokens_details
     return_mm_kwargs verbose
 """
-# Each means something beside another field alone, which is refused where it asks for anything.
+# Each means something beside another field alone, which is refused where it asks for anything; the spaces
+# between special tokens, beside slow tokenisers, which are not here.
 _COMPANIONS = """
     guided_decoding_backend guided_decoding_disable_fallback guided_decoding_disable_any_whitespace
     guided_decoding_disable_additional_properties guided_whitespace_pattern truncation_side n_keep n_discard
@@ -167,7 +170,7 @@ _REFUSED = {
     **_all("the field is bad_words.", custom_token_bans=("",), banned_tokens=([],), banned_strings=([],)),
     **_all("the field is timeout_s.", t_max_predict_ms=(-1, 0), t_max_prompt_ms=(-1, 0), max_time=()),
     **_all("the field is cache_salt.", extra_key=("",)),
-    **_all("the field is add_special_tokens.", add_bos_token=()),
+    **_all("the field is add_special_tokens.", add_bos_token=(True,)),
     **_all(
         "a prompt is not cut; the sizes are in the error where one is too long, and /tokenize counts.",
         truncate_prompt_tokens=(),
@@ -175,7 +178,13 @@ _REFUSED = {
         truncation_length=(),
     ),
     **_all("the context is that of the server's max_model_len.", num_ctx=()),
-    **_all("the fields of options belong beside it, named as OpenAI does.", options=({},)),
+    **_all(
+        "its fields belong beside the others, named as in OpenAI's API.",
+        options=({},),
+        parameters=({},),
+        sampling_params=({},),
+        extra_body=({},),
+    ),
     **_all(
         "an adapter is merged when the server starts, by its setting lora.",
         lora=([],),
@@ -225,8 +234,11 @@ CHAT = ForeignFields(
     | _all("the chat template puts special tokens in.", add_special_tokens=(False,))
     | _all("the answer alone is given back: /tokenize shows the prompt.", echo=(False,))
     | _all("best_of is of completions.", best_of=(1,))
-    | _all("functions are tools now: the fields are tools and tool_choice.", functions=([],))
-    | _all("functions are tools now: the fields are tools and tool_choice.", function_call=("none", "auto"))
+    | _all(
+        "tools took its place: the fields are tools and tool_choice.",
+        functions=([],),
+        function_call=("none", "auto"),
+    )
     | _all(
         "calls of tools are not parsed yet: the answer is the text.",
         parse_tool_calls=(False,),
@@ -249,17 +261,41 @@ CHAT = ForeignFields(
         think=(),
         task=(),
     )
-    | _all("thoughts are not told from the text: they come in it.", include_reasoning=(True,))
-    | _all("thoughts are not told from the text: they come in it.", reasoning_format=("none", "auto"))
+    | _all(
+        "thoughts are not told from the text: they come in it.",
+        include_reasoning=(True,),
+        reasoning_format=("none", "auto"),
+    )
     | _all("say in the messages how long answers shall be.", verbosity=("medium",))
     | _all("say it in the messages.", guideline=("",), generation_prompt=("",)),
 )
 COMPLETION = ForeignFields(
     _HARMLESS,
     _REFUSED
-    | _all("the model cannot fill in the middle.", suffix=("",), input_prefix=("",), input_suffix=("",))
-    | _all("the model cannot fill in the middle.", input_extra=([],))
-    | _all("the field is prompt; chats are for /v1/chat/completions.", messages=(), tools=([],), system=("",))
+    | _all(
+        "the model cannot fill in the middle.",
+        suffix=("",),
+        input_prefix=("",),
+        input_suffix=("",),
+        input_extra=([],),
+    )
+    | _all("the field is prompt.", input=(), inputs=(), text=(), content=())
+    | _all(
+        "chats have it, at /v1/chat/completions; here the field is prompt.",
+        messages=(),
+        system=("",),
+        tools=([],),
+        tool_choice=("none", "auto"),
+        functions=([],),
+        function_call=("none", "auto"),
+        modalities=(["text"],),
+        reasoning_effort=(),
+        documents=([],),
+        chat_template=(),
+        chat_template_kwargs=({},),
+        add_generation_prompt=(),
+        continue_final_message=(False,),
+    )
     | _all("the field is max_tokens.", max_completion_tokens=())
     | _all("the field is logprobs: of a completion it is the number.", top_logprobs=()),
 )
@@ -280,9 +316,12 @@ MESSAGE = ForeignFields(
             reasoning_details=([],),
         ),
         **_all("this model reads text alone.", audio=(), images=([],)),
-        **_all("functions are tools now: the field is tool_calls.", function_call=()),
-        **_all("continue_final_message of the request goes on with the last message.", prefix=(False,)),
-        **_all("continue_final_message of the request goes on with the last message.", partial=(False,)),
+        **_all("tools took its place: the field is tool_calls.", function_call=()),
+        **_all(
+            "continue_final_message of the request goes on with the last message.",
+            prefix=(False,),
+            partial=(False,),
+        ),
     },
 )
 PART = ForeignFields(

@@ -9,12 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import locate
+from engine.weights.folder_source import folder_source
+from engine.weights.mapped import MappedFiles
+from engine.weights.safetensors import INDEX
 from tests.engine.families.served import serve
 from tests.engine.weights.folder import write_json
 from tests.engine.weights.test_families import LLAMA
 from tests.engine.weights.test_loader import UNTIED, load, refusal, tiny_gguf, write_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 HEAD, LAYER = "lm_head.weight", "model.layers.0."
@@ -169,3 +173,29 @@ def test_gguf_files_are_read_whole_too(tmp_path: Path, caplog: pytest.LogCapture
     assert not caplog.text
     for name in ("blk.0.attn_q_norm.weight", "blk.1.ffn_up.weight", "output.bias", "position_embd.weight"):
         assert f"tensor '{name}'" in refusal(tiny_gguf(tmp_path, {name: (8,)}))
+
+
+def test_a_bias_is_looked_at_without_opening_the_whole_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large GPTQ model hundreds are looked at, and each time all of its files were opened."""
+    files = {"a.safetensors": "a.weight", "b.safetensors": "b.bias"}
+    for file, name in files.items():
+        save_file({name: torch.zeros(4)}, tmp_path / file)
+    write_json(tmp_path / INDEX, {"weight_map": {name: file for file, name in files.items()}})
+    write_json(tmp_path / "config.json", {})
+    source = folder_source(tmp_path)
+    for name in files.values():
+        source.recipe(name)
+    opened: list[str] = []
+    monkeypatch.setattr(MappedFiles, "_map", _noting(opened, MappedFiles._map))
+    assert source.is_zero("b.bias")
+    assert opened == ["b.safetensors"]
+
+
+def _noting(opened: list[str], map_file: Callable[[MappedFiles, Path], None]) -> Callable[..., None]:
+    def mapped(self: MappedFiles, path: Path) -> None:
+        opened.append(path.name)
+        map_file(self, path)
+
+    return mapped

@@ -50,6 +50,7 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": True}, "max_tokens"),
     ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
+    ({"min_tokens": 17}, "min_tokens"),  # of 16 by default, to which it was cut without a word
     ({"n": 0}, "n"),
     ({"n": 17}, "n"),
     ({"n": 10**9}, "n"),
@@ -135,6 +136,7 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": 1000}, "max_completion_tokens"),
     ({"max_completion_tokens": 2, "min_tokens": 3}, "min_tokens"),
+    ({"min_tokens": 1000}, "min_tokens"),
     ({"documents": [{"text": "a" * 33_000}]}, "documents"),
     ({"chat_template_kwargs": {"x": ["a" * 33_000]}}, "chat_template_kwargs"),
     ({"messages": [{**USER, "name": "a" * 33_000}]}, "messages"),

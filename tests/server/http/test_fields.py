@@ -162,6 +162,47 @@ def test_harmless_fields_are_taken_whatever_they_hold(model: type[WireModel]) ->
         assert set(validate({**SMALLEST[model], **fields}, model).ignored) == model.FOREIGN.harmless
 
 
+@pytest.mark.parametrize("model", SMALLEST)
+def test_null_asks_for_nothing_within_an_object_too(model: type[WireModel]) -> None:
+    """SDKs that send all that they know of wrote a json_schema of null beside the type, and were refused."""
+    empty: list[dict[str, Any]] = [
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"structured_outputs": {"json": None, "regex": None, "choice": None}},
+    ]
+    for fields in empty:
+        assert validate({**SMALLEST[model], **fields}, model).ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "field", "said"),
+    [
+        (ChatRequest, {"structured_outputs": {"regex": "a"}}, "check what comes. Leave it out, or send {}."),
+        (ChatRequest, {"mirostat": 2}, "typical_p are. Leave it out, or send 0."),
+        (ChatRequest, {"function_call": {"name": "f"}}, 'Leave it out, or send "none" or "auto".'),
+        (ChatRequest, {"reasoning_effort": "low"}, "reasoning_effort: how a model thinks is said by"),
+        (ChatRequest, {"options": {"seed": 1}}, "options: its fields belong beside the others"),
+        (ChatRequest, {"extra_body": {"guided_json": {}}}, "extra_body: its fields belong beside the others"),
+        (CompletionRequest, {"reasoning_effort": "low"}, "chats have it, at /v1/chat/completions"),
+        (CompletionRequest, {"inputs": "a"}, "inputs: the field is prompt."),
+    ],
+    ids=str,
+)
+def test_a_refusal_names_the_field_first_and_reads_well(
+    model: type[WireModel], field: dict[str, Any], said: str
+) -> None:
+    (name,) = field
+    message = refusal({**SMALLEST[model], **field}, model).message
+    assert message.startswith(f"{name}: ")
+    assert said in message
+
+
+def test_no_alternatives_need_no_log_probabilities(server: Running) -> None:
+    """vLLM's clients send its default of 0 whether they want log-probabilities or not."""
+    for body in ({"top_logprobs": 0}, {"top_logprobs": 0, "logprobs": False}):
+        response = server.post("/v1/chat/completions", {"messages": [USER], "max_tokens": 1, **body})
+        assert response.status_code == 200
+
+
 def test_true_is_not_one() -> None:
     assert refusal({**SMALLEST[ChatRequest], "use_beam_search": 0}, ChatRequest).param == "use_beam_search"
     assert refusal({**SMALLEST[ChatRequest], "mirostat": False}, ChatRequest).param == "mirostat"
@@ -210,6 +251,8 @@ def test_what_chats_do_not_have_is_refused(server: Running, fields: dict[str, An
         (ChatRequest, "topK", "top_k"),
         (ChatRequest, "maxTokens", "max_tokens"),
         (ChatRequest, "metdata", "metadata"),
+        (ChatRequest, "ignored", ""),
+        (CompletionRequest, "nvext", ""),
         (ChatRequest, "zz", ""),
     ],
 )

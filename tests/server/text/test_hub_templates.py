@@ -217,13 +217,13 @@ def test_a_thought_is_found_by_whatever_name(smollm2: Tokenizer) -> None:
 
 
 def test_the_template_is_picked_by_what_the_request_has(smollm2: Tokenizer) -> None:
-    named = {name: ChatTemplate(name) for name in ("default", "tool_use", "rag")}
+    named = {name: ChatTemplate("{# documents #}" + name) for name in ("default", "tool_use", "rag")}
     templates = ChatTemplates(named)
     assert templates.encode(smollm2, [USER])[0] == "default"
     assert templates.encode(smollm2, [USER], tools=TOOLS, documents=DOCUMENTS)[0] == "tool_use"
     assert templates.encode(smollm2, [USER], documents=DOCUMENTS)[0] == "rag"
     templates.close()
-    alone = ChatTemplates({"rag": ChatTemplate("rag")})
+    alone = ChatTemplates({"rag": ChatTemplate("{# documents #}rag")})
     with pytest.raises(TemplateError, match="the model has rag"):
         alone.encode(smollm2, [USER])
     assert alone.encode(smollm2, [USER], tools=TOOLS, documents=DOCUMENTS)[0] == "rag"

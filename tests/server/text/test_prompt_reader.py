@@ -47,6 +47,14 @@ def test_who_uses_every_private_character_is_named(
     assert (error.status, error.param) == (400, param)
 
 
+def test_documents_that_the_template_does_not_show_are_refused(smollm2: Tokenizer) -> None:
+    """They were dropped, and the answer came of the question alone."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "documents": [{"text": "The sea is blue."}]}
+    error = refusal(smollm2, ChatTemplate("{{ messages[0].content }}"), body)
+    assert (error.status, error.param) == (400, "documents")
+    assert error.message == "The chat template cannot render these documents: it shows none"
+
+
 def test_without_a_template_it_says_what_to_do(smollm2: Tokenizer) -> None:
     error = refusal(smollm2, None, {"messages": [EVIL]})
     assert (error.status, error.code) == (400, "no_chat_template")
