@@ -44,8 +44,9 @@ SENT_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, si
 # A step may take so many times what it is predicted to, if that is longer than the stall timeout.
 STALL_FACTOR = 10.0
 PATIENT_FACTOR = 4.0  # and for the one request that is to be given up otherwise, so many times that
-# Of a death in a row without progress that came from outside, against one of the engine's own.
-OUTSIDE_WEIGHT = 0.1
+# Of a death in a row without progress that came from outside, against one of the engine's own: whoever kills
+# engines faster than they can get on shall have to do it for minutes.
+OUTSIDE_WEIGHT = 0.01
 RESTED_S = 60.0  # an engine that had nothing to do for so long was none that dies at once
 # Before the second start in a row that follows a death at once; twice as long before each further one.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 60.0
@@ -267,23 +268,31 @@ class EngineProcess:
             self._set_ready(None)
             self._died_s = time.monotonic()
             self._fail_inspections()
-            if not was_ready:  # the next one is not to begin with what this one did
-                self._end_zygote(ENDING_S if child.pid is None and not self._failure else 0.0)
-                status = self._zygote_status if child.pid is None else status
+            if child.pid is None and self._zygote is None:  # which ended before it could fork one
+                status = self._zygote_status
+            outside = self._was_outside(child, status)
+            if not (was_ready or outside):  # the next one is not to begin with what this one did
+                self._end_zygote()
             self._end_child()
             cause = self._failure or _cause_of(status)
             assert self._first_ready is not None
             if not self._first_ready.done():
                 return cause
-            if (fatal := self._bury(cause, status, child.was_killed)) is not None:
+            stalled = child.was_killed and self._failure.startswith(STALLED)
+            if (fatal := self._bury(cause, status, outside=outside, stalled=stalled)) is not None:
                 return fatal
             await asyncio.sleep(self._pause_s())
 
-    def _bury(self, cause: str, status: int | None, was_killed: bool) -> str | None:
+    def _was_outside(self, child: EngineChild, status: int | None) -> bool:
+        """Whether somebody else has ended it."""
+        if self._failure or child.was_killed:
+            return False
+        if child.pid is None and self._zygote is not None:  # forked, and gone before it could say so
+            return True
+        return _was_sent(status) and _oom_kills() == self._num_oom_kills
+
+    def _bury(self, cause: str, status: int | None, *, outside: bool, stalled: bool) -> str | None:
         """Take account of a death after the first engine's start -> why no further one is started, if so."""
-        by_itself = bool(self._failure) or was_killed or not _was_sent(status)
-        outside = not by_itself and _oom_kills() == self._num_oom_kills
-        stalled = was_killed and self._failure.startswith(STALLED)
         rested = not self._journal and time.monotonic() - self._heard_s > RESTED_S
         got_on = self._journal.advanced or rested
         verdict, culprit = self._journal.lost(outside=outside, stalled=stalled)
@@ -326,12 +335,14 @@ class EngineProcess:
                         return None
                     child.kill()
                     await ended
-            # What it sent before it died still counts; the replay begins after it.
-            received = asyncio.create_task(child.all_received())
-            try:
-                await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                received.cancel()
+            # What it sent before it died still counts; the replay begins after it. One that is killed before
+            # it is ready has nothing to say, and may not even be connected.
+            if self.ready is not None or not _was_sent(ended.result()):
+                received = asyncio.create_task(child.all_received())
+                try:
+                    await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    received.cancel()
         finally:
             reading.cancel()
             (outcome,) = await asyncio.gather(reading, return_exceptions=True)

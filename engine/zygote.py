@@ -68,20 +68,22 @@ class Zygote:
         """Raises OSError where there can be no further process."""
         between = os.fork()
         if between:
-            os.close(leash)
             _, status = os.waitpid(between, 0)
-            if status:
+            os.close(leash)  # not before: who sees it closed on all sides may reap the engine
+            if os.waitstatus_to_exitcode(status) > 0:  # else somebody has killed it
                 raise OSError("no process can be forked")
             return
         status = 1
         try:
             between = os.getpid()
-            if os.fork():
+            pid = os.fork()
+            self._control.close()
+            os.dup2(leash, LEASH_FD)
+            os.close(leash)
+            if pid:
+                Leash().send(Started(pid))  # for one that is killed at birth
                 status = 0
             else:
-                self._control.close()
-                os.dup2(leash, LEASH_FD)
-                os.close(leash)
                 status = _live(path, between, engine)
         except BaseException:
             traceback.print_exc()

@@ -409,6 +409,29 @@ async def test_how_an_engine_ended_is_known_without_a_zygote(make, monkeypatch, 
     assert "signal=SIGSEGV cause=engine suspects=1" in caplog.text
 
 
+@pytest.mark.parametrize("how", [f"signal:{signal.SIGKILL}", "stillborn"])
+async def test_an_engine_killed_before_it_is_ready_is_no_reason_for_a_cold_start(make, how):
+    plan = ",".join(["serve", *[how] * 20, "serve"])  # more than ten, of which each once counted for a tenth
+    async with started(make(plan, max_restarts=1)) as client:
+        zygote = client.zygote_pid
+        stream = Stream(client, prompt=(SLOW,))
+        os.kill(client.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            await stream.ended.wait()
+        assert await stream.tokens() == [0, 1, 2, 3, 4, 5]
+        assert client.num_restarts == 21
+        assert client.zygote_pid == zygote
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        assert {int(pid) for pid in children} == {client.zygote_pid, client.pid}
+
+
+async def test_an_engine_that_ends_by_itself_before_it_is_ready_is_followed_by_another_zygotes(make):
+    async with started(make("die:1,exit,serve")) as client:
+        zygote = client.zygote_pid
+        assert await Stream(client).tokens() == [0, 1, 2, 3, 4, 5]
+        assert client.zygote_pid != zygote
+
+
 async def test_a_zygote_that_ends_before_there_is_an_engine_is_the_cause(make):
     client = make("zygote-exits")
     with pytest.raises(EngineDead, match="status 11"):
