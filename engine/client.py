@@ -208,7 +208,7 @@ class EngineProcess:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         try:
-            if self._child is not None and self._child.pid is not None:
+            if self._child is not None and self.ready is not None:  # else it has nothing to bring to an end
                 await self._child.stop()
         finally:  # who awaits this may be cancelled
             self.kill()

@@ -50,6 +50,9 @@ class Zygote:
         _die_with_parent()
         self._control = socket.socket(fileno=os.dup(CONTROL_FD))
         self._encoder = msgspec.msgpack.Encoder()
+        with contextlib.suppress(BlockingIOError):
+            if not self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                sys.exit()  # the server was gone before its end could be this process's
 
     def send(self, message: FromZygote) -> None:
         """To the server. Lost when it is gone."""

@@ -65,6 +65,11 @@ async def pid_of(client: EngineProcess) -> int:
     return child.pid
 
 
+def children() -> set[int]:
+    """Of this process, those that ended and were not reaped included."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
 class Stream:
     """What a request heard, by choice; `ended` once every choice has."""
 
@@ -421,8 +426,7 @@ async def test_an_engine_killed_before_it_is_ready_is_no_reason_for_a_cold_start
         assert await stream.tokens() == [0, 1, 2, 3, 4, 5]
         assert client.num_restarts == 21
         assert client.zygote_pid == zygote
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        assert {int(pid) for pid in children} == {client.zygote_pid, client.pid}
+        assert children() == {client.zygote_pid, client.pid}
 
 
 async def test_an_engine_that_ends_by_itself_before_it_is_ready_is_followed_by_another_zygotes(make):
@@ -493,10 +497,18 @@ async def test_a_start_that_fails_halfway_leaves_nothing_behind(make, tmp_path, 
     client.kill()
 
 
-async def test_a_close_that_is_cancelled_still_ends_the_engine(make):
+async def test_a_close_does_not_wait_for_an_engine_that_is_not_ready(make):
     client = make("hang")
     client.spawn()
-    pid = await pid_of(client)
+    await pid_of(client)
+    await asyncio.wait_for(client.close(), 3)  # it would be asked to end, and given five seconds
+
+
+async def test_a_close_that_is_cancelled_still_ends_the_engine(make):
+    client = make("serve")
+    await client.start()
+    pid = client.pid
+    os.kill(pid, signal.SIGSTOP)  # it will not end by itself
     closing = asyncio.create_task(client.close())
     await asyncio.sleep(0.1)
     closing.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,16 @@ assert len(os.listdir("/proc/self/task")) == 1, "a thread is left behind"
 raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_zygote_whose_server_ended_while_it_was_imported_loads_nothing() -> None:
+    code = "from engine.zygote import Zygote; Zygote(); print('loads')"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, stdin=theirs, capture_output=True, check=True).stdout == b"loads\n"
+        ours.close()
+        assert subprocess.run(command, stdin=theirs, capture_output=True, check=True).stdout == b""
 
 
 class Streams:
