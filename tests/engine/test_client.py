@@ -368,7 +368,7 @@ async def test_a_kill_from_outside_while_one_is_on_probation_blames_nobody(make)
 
 async def test_a_kill_for_want_of_memory_is_the_engines_own_death(make, monkeypatch, caplog):
     kills = iter(range(100))
-    monkeypatch.setattr("engine.client._oom_kills", lambda: next(kills))
+    monkeypatch.setattr("engine.client.oom_kills", lambda: next(kills))
     async with started(make(f"serve,signal:{signal.SIGKILL}", max_restarts=1)) as client:
         os.kill(client.pid, signal.SIGKILL)
         await asyncio.wait_for(client.died(), 10)
