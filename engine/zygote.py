@@ -34,6 +34,7 @@ from engine.messages import Begun, FromZygote, OnLeash, Started
 CONTROL_FD: Final = 0
 LEASH_FD: Final = 0
 MAX_MESSAGE_BYTES: Final = 1 << 18  # on either; more than a Unix socket takes at once
+_IDS_TOGETHER: Final = 500  # of requests, in one message
 _ADOPTION_POLL_S: Final = 0.0005
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
@@ -110,7 +111,8 @@ class Leash:
 
     def announce(self, request_ids: tuple[str, ...]) -> None:
         """Something of them is about to be computed for the first time."""
-        self.send(Begun(request_ids))
+        for first in range(0, len(request_ids), _IDS_TOGETHER):
+            self.send(Begun(request_ids[first : first + _IDS_TOGETHER]))
 
 
 def _live(path: str, between: int, engine: Engine) -> int:
