@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,6 +11,7 @@ import msgspec
 import zmq
 
 from engine.child import ENDING_S, EngineChild, ZygoteChild, engine_command
+from engine.deaths import FIRST_PAUSE_S, MAX_PAUSE_S, Death, InARow, cause_of, oom_kills, shown, was_sent
 from engine.journal import Journal, JournalEntry, Sink
 from engine.messages import (
     Abort,
@@ -38,17 +38,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("octavo.engine")
 
-# Signals that somebody sends: an engine that ends by one of them, and not by us or for want of memory, did
-# nothing wrong, nor did any request.
-SENT_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 # A step may take so many times what it is predicted to, if that is longer than the stall timeout.
 STALL_FACTOR = 10.0
 PATIENT_FACTOR = 4.0  # and for the one request that is to be given up otherwise, so many times that
-# Of a death in a row without progress that came from outside, against one of the engine's own.
-OUTSIDE_WEIGHT = 0.1
 RESTED_S = 60.0  # an engine that had nothing to do for so long was none that dies at once
-# Before the second start in a row that follows a death at once; twice as long before each further one.
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 60.0
 
 STALLED = "the engine made no step within"  # what such a failure begins with
 
@@ -119,9 +112,7 @@ class EngineProcess:
         self._arguments = [msgspec.json.encode(config).decode(), log_level]
         self._start_timeout_s = start_timeout_s
         self._stall_timeout_s = stall_timeout_s
-        self._max_restarts = max_restarts
-        self._num_deaths = 0  # in a row, in which nothing got on
-        self._weight = 0.0  # of these deaths
+        self._in_a_row = InARow(max_restarts)
         self._zygote: ZygoteChild | None = None
         self._zygote_pause_s = FIRST_PAUSE_S
         self._zygote_status: int | None = None  # of the one before
@@ -151,7 +142,7 @@ class EngineProcess:
         """Start a process now, before there is a loop: its imports run beside the server's own. Raises
         EngineDead where none can be started."""
         self._heard_s = time.monotonic()
-        self._num_oom_kills = _oom_kills()
+        self._num_oom_kills = oom_kills()
         try:
             if self._zygote is None:
                 self._zygote = ZygoteChild(self._command, self._arguments)
@@ -207,7 +198,7 @@ class EngineProcess:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         try:
-            if self._child is not None and self._child.pid is not None:
+            if self._child is not None and self.ready is not None:  # else it has nothing to bring to an end
                 await self._child.stop()
         finally:  # who awaits this may be cancelled
             self.kill()
@@ -225,7 +216,7 @@ class EngineProcess:
     def _zygote_ended(self) -> None:
         """An engine that runs goes on; for the next one, another zygote begins."""
         self._end_zygote(ENDING_S)
-        logger.warning("the engine's zygote ended %s", _shown(self._zygote_status))
+        logger.warning("the engine's zygote ended %s", shown(self._zygote_status))
         loop = asyncio.get_running_loop()
         self._next_zygote = loop.call_later(self._zygote_pause_s, self._replace_zygote)
         self._zygote_pause_s = min(MAX_PAUSE_S, 2 * self._zygote_pause_s)
@@ -267,50 +258,47 @@ class EngineProcess:
             self._set_ready(None)
             self._died_s = time.monotonic()
             self._fail_inspections()
-            if not was_ready:  # the next one is not to begin with what this one did
-                self._end_zygote(ENDING_S if child.pid is None and not self._failure else 0.0)
-                status = self._zygote_status if child.pid is None else status
+            if child.pid is None and self._zygote is None:  # which ended before it could fork one
+                status = self._zygote_status
+            outside = self._was_outside(child, status)
+            if not (was_ready or outside):  # the next one is not to begin with what this one did
+                self._end_zygote()
             self._end_child()
-            cause = self._failure or _cause_of(status)
+            stalled = child.was_killed and self._failure.startswith(STALLED)
+            death = Death(self._failure or cause_of(status), status, outside, stalled)
             assert self._first_ready is not None
             if not self._first_ready.done():
-                return cause
-            if (fatal := self._bury(cause, status, child.was_killed)) is not None:
+                return death.cause
+            if (fatal := self._bury(death)) is not None:
                 return fatal
-            await asyncio.sleep(self._pause_s())
+            await asyncio.sleep(self._in_a_row.pause_s)
 
-    def _bury(self, cause: str, status: int | None, was_killed: bool) -> str | None:
+    def _was_outside(self, child: EngineChild, status: int | None) -> bool:
+        """Whether somebody else has ended it."""
+        if self._failure or child.was_killed:
+            return False
+        if child.pid is None and self._zygote is not None:  # forked, and gone before it could say so
+            return True
+        return was_sent(status) and oom_kills() == self._num_oom_kills
+
+    def _bury(self, death: Death) -> str | None:
         """Take account of a death after the first engine's start -> why no further one is started, if so."""
-        by_itself = bool(self._failure) or was_killed or not _was_sent(status)
-        outside = not by_itself and _oom_kills() == self._num_oom_kills
-        stalled = was_killed and self._failure.startswith(STALLED)
         rested = not self._journal and time.monotonic() - self._heard_s > RESTED_S
         got_on = self._journal.advanced or rested
-        verdict, culprit = self._journal.lost(outside=outside, stalled=stalled)
-        if got_on or verdict.is_closer:
-            self._num_deaths, self._weight = 0, 0.0
-        self._num_deaths += 1
-        self._weight += OUTSIDE_WEIGHT if outside else 1.0
+        verdict, culprit = self._journal.lost(outside=death.outside, stalled=death.stalled)
         self.num_restarts += 1
         logger.error(
-            "engine died %s cause=%s suspects=%d restart=%d requests=%d: %s",
-            _shown(status),
-            "outside" if outside else "stall" if stalled else "engine",
+            "engine died %s suspects=%d restart=%d requests=%d: %s",
+            death,
             verdict.num_suspects,
             self.num_restarts,
             len(self._journal),
-            cause,
+            death.cause,
         )
         if culprit is not None:
             logger.error("request=%s is given up: it alone ends engines", culprit.request.request_id)
             _end(culprit, "the engine dies whenever it computes this request")
-        if self._weight > self._max_restarts:
-            return f"{cause}; it died {self._num_deaths} times in a row, and nothing got on in between"
-        return None
-
-    def _pause_s(self) -> float:
-        """None after the first death in a row."""
-        return min(MAX_PAUSE_S, FIRST_PAUSE_S * 2 ** (self._weight - 2)) if self._weight > 1 else 0.0
+        return self._in_a_row.add(death, got_on=got_on or verdict.is_closer)
 
     async def _serve_one(self, child: EngineChild) -> int | None:
         """Read from one engine process until it has ended -> its exit status, if there was one."""
@@ -326,12 +314,14 @@ class EngineProcess:
                         return None
                     child.kill()
                     await ended
-            # What it sent before it died still counts; the replay begins after it.
-            received = asyncio.create_task(child.all_received())
-            try:
-                await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                received.cancel()
+            # What it sent before it died still counts; the replay begins after it. One that is killed before
+            # it is ready has nothing to say, and may not even be connected.
+            if self.ready is not None or not was_sent(ended.result()):
+                received = asyncio.create_task(child.all_received())
+                try:
+                    await asyncio.wait((received, reading), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    received.cancel()
         finally:
             reading.cancel()
             (outcome,) = await asyncio.gather(reading, return_exceptions=True)
@@ -460,33 +450,3 @@ def _end(entry: JournalEntry, cause: str) -> None:
             entry.sink(output)
         except Exception:
             logger.exception("delivering to request=%s failed", entry.request.request_id)
-
-
-def _was_sent(status: int | None) -> bool:
-    return status is not None and -status in SENT_SIGNALS
-
-
-def _oom_kills() -> int:
-    """Processes that the system has killed for want of memory; 0 where it does not tell."""
-    try:
-        with open("/proc/vmstat", encoding="ascii") as lines:
-            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-    except OSError:
-        return 0
-
-
-def _shown(status: int | None) -> str:
-    if status is None:
-        return "status=unknown"
-    names = {one.value: one.name for one in signal.Signals}
-    return f"signal={names.get(-status, -status)}" if status < 0 else f"status={status}"
-
-
-def _cause_of(status: int | None) -> str:
-    if status is None:
-        return "the engine process ended"
-    cause = f"the engine process ended with status {status}"
-    return cause + {
-        -signal.SIGBUS: " (SIGBUS): a file that it read shrank, or its disk failed",
-        -signal.SIGKILL: " (SIGKILL): somebody sent it, or the system's memory ran out",
-    }.get(status, "")

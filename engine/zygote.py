@@ -34,6 +34,7 @@ from engine.messages import Begun, FromZygote, OnLeash, Started
 CONTROL_FD: Final = 0
 LEASH_FD: Final = 0
 MAX_MESSAGE_BYTES: Final = 1 << 18  # on either; more than a Unix socket takes at once
+_IDS_TOGETHER: Final = 500  # of requests, in one message
 _ADOPTION_POLL_S: Final = 0.0005
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
@@ -50,6 +51,9 @@ class Zygote:
         _die_with_parent()
         self._control = socket.socket(fileno=os.dup(CONTROL_FD))
         self._encoder = msgspec.msgpack.Encoder()
+        with contextlib.suppress(BlockingIOError):
+            if not self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                sys.exit()  # the server was gone before its end could be this process's
 
     def send(self, message: FromZygote) -> None:
         """To the server. Lost when it is gone."""
@@ -68,20 +72,22 @@ class Zygote:
         """Raises OSError where there can be no further process."""
         between = os.fork()
         if between:
-            os.close(leash)
             _, status = os.waitpid(between, 0)
-            if status:
+            os.close(leash)  # not before: who sees it closed on all sides may reap the engine
+            if os.waitstatus_to_exitcode(status) > 0:  # else somebody has killed it
                 raise OSError("no process can be forked")
             return
         status = 1
         try:
             between = os.getpid()
-            if os.fork():
+            pid = os.fork()
+            self._control.close()
+            os.dup2(leash, LEASH_FD)
+            os.close(leash)
+            if pid:
+                Leash().send(Started(pid))  # for one that is killed at birth
                 status = 0
             else:
-                self._control.close()
-                os.dup2(leash, LEASH_FD)
-                os.close(leash)
                 status = _live(path, between, engine)
         except BaseException:
             traceback.print_exc()
@@ -105,7 +111,8 @@ class Leash:
 
     def announce(self, request_ids: tuple[str, ...]) -> None:
         """Something of them is about to be computed for the first time."""
-        self.send(Begun(request_ids))
+        for first in range(0, len(request_ids), _IDS_TOGETHER):
+            self.send(Begun(request_ids[first : first + _IDS_TOGETHER]))
 
 
 def _live(path: str, between: int, engine: Engine) -> int:

@@ -24,6 +24,7 @@ sys.path.append(str(Path(__file__).parents[2]))
 import msgspec
 import zmq
 
+from engine import zygote as zygote_module
 from engine.config import EngineConfig
 from engine.messages import (
     Abort,
@@ -61,6 +62,18 @@ def main(config_json: str) -> int:
             time.sleep(0.1)
     if plan.startswith("zygote-exits"):
         os._exit(11)
+    if "stillborn" in plan:
+        begin = zygote_module._live
+
+        def die_at_birth(path: str, between: int, engine: zygote_module.Engine) -> int:
+            number = Path(count_file).stat().st_size
+            if plan.split(",")[min(number, plan.count(","))] == "stillborn":
+                with Path(count_file).open("a") as file:
+                    file.write(".")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return begin(path, between, engine)
+
+        zygote_module._live = die_at_birth
     return zygote.serve(lambda path, leash: live(path, leash, Path(count_file), plan))
 
 

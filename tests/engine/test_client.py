@@ -65,6 +65,11 @@ async def pid_of(client: EngineProcess) -> int:
     return child.pid
 
 
+def children() -> set[int]:
+    """Of this process, those that ended and were not reaped included."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
 class Stream:
     """What a request heard, by choice; `ended` once every choice has."""
 
@@ -363,7 +368,7 @@ async def test_a_kill_from_outside_while_one_is_on_probation_blames_nobody(make)
 
 async def test_a_kill_for_want_of_memory_is_the_engines_own_death(make, monkeypatch, caplog):
     kills = iter(range(100))
-    monkeypatch.setattr("engine.client._oom_kills", lambda: next(kills))
+    monkeypatch.setattr("engine.client.oom_kills", lambda: next(kills))
     async with started(make(f"serve,signal:{signal.SIGKILL}", max_restarts=1)) as client:
         os.kill(client.pid, signal.SIGKILL)
         await asyncio.wait_for(client.died(), 10)
@@ -407,6 +412,28 @@ async def test_how_an_engine_ended_is_known_without_a_zygote(make, monkeypatch, 
         await asyncio.wait_for(stream.ended.wait(), 10)
         assert stream.outputs[-1].error == GIVEN_UP
     assert "signal=SIGSEGV cause=engine suspects=1" in caplog.text
+
+
+@pytest.mark.parametrize("how", [f"signal:{signal.SIGKILL}", "stillborn"])
+async def test_an_engine_killed_before_it_is_ready_is_no_reason_for_a_cold_start(make, how):
+    plan = ",".join(["serve", *[how] * 20, "serve"])  # more than ten, of which each once counted for a tenth
+    async with started(make(plan, max_restarts=1)) as client:
+        zygote = client.zygote_pid
+        stream = Stream(client, prompt=(SLOW,))
+        os.kill(client.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            await stream.ended.wait()
+        assert await stream.tokens() == [0, 1, 2, 3, 4, 5]
+        assert client.num_restarts == 21
+        assert client.zygote_pid == zygote
+        assert children() == {client.zygote_pid, client.pid}
+
+
+async def test_an_engine_that_ends_by_itself_before_it_is_ready_is_followed_by_another_zygotes(make):
+    async with started(make("die:1,exit,serve")) as client:
+        zygote = client.zygote_pid
+        assert await Stream(client).tokens() == [0, 1, 2, 3, 4, 5]
+        assert client.zygote_pid != zygote
 
 
 async def test_a_zygote_that_ends_before_there_is_an_engine_is_the_cause(make):
@@ -470,10 +497,18 @@ async def test_a_start_that_fails_halfway_leaves_nothing_behind(make, tmp_path, 
     client.kill()
 
 
-async def test_a_close_that_is_cancelled_still_ends_the_engine(make):
+async def test_a_close_does_not_wait_for_an_engine_that_is_not_ready(make):
     client = make("hang")
     client.spawn()
-    pid = await pid_of(client)
+    await pid_of(client)
+    await asyncio.wait_for(client.close(), 3)  # it would be asked to end, and given five seconds
+
+
+async def test_a_close_that_is_cancelled_still_ends_the_engine(make):
+    client = make("serve")
+    await client.start()
+    pid = client.pid
+    os.kill(pid, signal.SIGSTOP)  # it will not end by itself
     closing = asyncio.create_task(client.close())
     await asyncio.sleep(0.1)
     closing.cancel()

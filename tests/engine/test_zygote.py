@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+import pytest
+
+from engine import zygote
 from engine.client import EngineProcess
 from engine.config import EngineConfig
+from engine.messages import Begun
 from scheduler.config import SchedulerConfig
 from scheduler.types import FinishReason, Request, SamplingParams
 from tests.engine import poisoned_process
@@ -29,6 +36,7 @@ def test_a_fork_of_what_is_prepared_spreads_its_work_over_threads() -> None:
 import os, signal, torch
 from engine import building
 from engine.config import EngineConfig
+from engine.messages import Begun
 prepared = building.prepare(EngineConfig(device="cpu"))
 torch.arange(1 << 22).float().cos()  # as large as anything that is prepared
 if os.fork() == 0:
@@ -40,6 +48,31 @@ assert len(os.listdir("/proc/self/task")) == 1, "a thread is left behind"
 raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_zygote_whose_server_ended_while_it_was_imported_loads_nothing() -> None:
+    code = "from engine.zygote import Zygote; Zygote(); print('loads')"
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, stdin=theirs, capture_output=True, check=True).stdout == b"loads\n"
+        ours.close()
+        assert subprocess.run(command, stdin=theirs, capture_output=True, check=True).stdout == b""
+
+
+def test_more_requests_may_begin_at_once_than_one_message_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system refuses a message of more than 200 kB, and the engine would die of it."""
+    names = tuple(f"request-{number:040}" for number in range(8192))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(zygote, "LEASH_FD", theirs.fileno())
+        ours.settimeout(10)
+        announcing = pool.submit(zygote.Leash().announce, names)
+        heard: list[str] = []
+        while len(heard) < len(names):
+            heard += msgspec.msgpack.decode(ours.recv(zygote.MAX_MESSAGE_BYTES), type=Begun).request_ids
+        announcing.result()
+    assert tuple(heard) == names
 
 
 class Streams:
