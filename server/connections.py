@@ -10,7 +10,7 @@ for their head, the one that has waited longest makes room for the next.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from server import logs
 
@@ -20,11 +20,23 @@ if TYPE_CHECKING:
 
     from server.buffers import Buffers
     from server.config import ServerConfig
-    from server.connection import Connection
     from server.metrics import Metrics
 
 SWEEP_S = 1.0  # how often deadlines are looked at, or more often where they are short
 PROBE_PLACES = 64  # connections over max_connections whose head is read
+
+
+class Guest(Protocol):
+    """A connection, as far as those of a server are looked after together."""
+
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def is_read(self) -> bool: ...
+    @property
+    def is_answering(self) -> bool: ...
+    def give_way(self) -> None: ...
+    def check(self, now_s: float) -> None: ...
 
 
 class Connections:
@@ -35,16 +47,16 @@ class Connections:
     ) -> None:
         self.tls = tls
         self.limits, self.buffers, self.metrics = limits, buffers, metrics
-        self._placed: set[Connection] = set()
-        self._idle: dict[Connection, None] = {}  # the longest idle first
-        self._surplus: dict[Connection, None] = {}  # the oldest first
+        self._placed: set[Guest] = set()
+        self._idle: dict[Guest, None] = {}  # the longest idle first
+        self._surplus: dict[Guest, None] = {}  # the oldest first
         self._is_sweeping = False
         shortest = min(
             (limits.head_timeout_s, limits.body_timeout_s, limits.keep_alive_timeout_s, limits.send_timeout_s)
         )
         self._sweep_s = min(SWEEP_S, shortest / 4)
 
-    def enter(self, connection: Connection) -> bool:
+    def enter(self, connection: Guest) -> bool:
         """Whether there is a place. Else it is one of a few that may be probes, or is closed."""
         if not self._is_sweeping:
             self._is_sweeping = True
@@ -63,16 +75,16 @@ class Connections:
             self._evict(next(other for other in self._surplus if not other.is_answering))
         return False
 
-    def _evict(self, connection: Connection) -> None:
+    def _evict(self, connection: Guest) -> None:
         self.leave(connection)  # its place is free at once
         connection.give_way()
 
-    def leave(self, connection: Connection) -> None:
+    def leave(self, connection: Guest) -> None:
         self._placed.discard(connection)
         self._idle.pop(connection, None)
         self._surplus.pop(connection, None)
 
-    def note_idle(self, connection: Connection, *, idle: bool) -> None:
+    def note_idle(self, connection: Guest, *, idle: bool) -> None:
         if idle:
             self._idle[connection] = None
         else:

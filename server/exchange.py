@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import http
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.requests import ClientDisconnect
 
@@ -17,7 +17,7 @@ from server import logs
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Scope
 
-    from server.connection import Connection
+    from server.buffers import Backlog
     from server.errors import ApiError
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -28,8 +28,24 @@ WITHOUT_BODY = (204, 304)
 EXTENSION = "octavo"  # of ASGI: the exchange itself
 
 
+class Carrier(Protocol):
+    """The connection, as far as an exchange uses it."""
+
+    transport: asyncio.Transport
+    backlog: Backlog
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]: ...
+    @property
+    def is_read(self) -> bool: ...
+    async def writable(self) -> None: ...
+    def let_go(self) -> None: ...
+    def answered(self, exchange: Exchange) -> None: ...
+    def abort(self) -> None: ...
+
+
 class Exchange:
-    def __init__(self, connection: Connection, scope: Scope, begins_at: int, *, keep_alive: bool) -> None:
+    def __init__(self, connection: Carrier, scope: Scope, begins_at: int, *, keep_alive: bool) -> None:
         self.scope = scope
         self.begins_at = begins_at  # in the connection's bytes
         scope["extensions"] = {EXTENSION: self}
