@@ -68,6 +68,7 @@ class ZygoteChild:
             theirs.close()
         self._decoder: msgspec.msgpack.Decoder[FromZygote] = msgspec.msgpack.Decoder(FromZygote)
         self._loop: asyncio.AbstractEventLoop | None = None  # that watches it
+        self.has_forked = False
 
     @property
     def pid(self) -> int:

@@ -252,8 +252,12 @@ class EngineProcess:
             assert self._child is not None
             assert self._zygote is not None
             self._zygote.watch(self._take, self._zygote_ended)
-            child = self._child
+            child, zygote = self._child, self._zygote
             status = await self._serve_one(child)
+            if child.pid is None and self._zygote is None and zygote.has_forked:
+                self._end_child()  # it was asked of one that was killed as well: here no engine died
+                continue
+            zygote.has_forked = child.pid is not None
             was_ready, self.step_limit_s = self.ready is not None, 0.0
             self._set_ready(None)
             self._died_s = time.monotonic()

@@ -2,8 +2,8 @@
 
 Server to engine: `Submit`, `Abort`, `Inspect`, `Stop`. Engine to server: `Ready` once, then `StepOutput`s, a
 `LongStep` before one that takes long; an `Inspected` for every `Inspect`; or one `Failed` when it cannot
-start or go on; `Loading` and `Log` lines at any time. On the leash (`engine/zygote.py`): `Started` once, and
-a `Begun` before the first step of a request. From the zygote: `Loading` and `Log`.
+start or go on; `Loading` and `Log` lines at any time. On the leash (`engine/zygote.py`): `Started`, and a
+`Begun` before the first step of a request. From the zygote: `Loading` and `Log`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Inspected(msgspec.Struct, tag=True, frozen=True, gc=False):
 
 
 class Started(msgspec.Struct, tag=True, frozen=True, gc=False):
-    """The engine is there, and a child of the server."""
+    """The engine is there, and a child of the server, or is about to be."""
 
     pid: int
 
