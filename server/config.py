@@ -198,7 +198,7 @@ class ServerConfig:
         default=3,
         metadata={
             "help": "engine deaths in a row that are survived, if between them no request gets on and none "
-            "is found to be the cause; ten times as many where somebody kills it",
+            "is found to be the cause; a hundred times as many where somebody kills it",
         },
     )
     sse_keep_alive_s: float = field(
