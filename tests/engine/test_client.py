@@ -304,7 +304,7 @@ async def test_one_of_sixteen_kills_engines_and_it_alone_is_given_up(make, kind,
                 assert stream.outputs[-1].error == GIVEN_UP
             else:
                 assert await stream.tokens() == list(range(40))
-        # All, 8, 4, 2, and at last the one; fewer where others of its group were cleared before, one more where
+        # All, 8, 4, 2, and at last the one; fewer where others of its group were cleared before, more where
         # those of its engine were.
         assert 2 <= client.num_restarts <= 9
 
